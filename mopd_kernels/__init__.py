@@ -1,0 +1,14 @@
+"""Fused teacher-student losses and log-probs over large vocabularies: hidden states in, logits never whole."""
+
+from .ops import linear_divergence, linear_logprobs
+from .spec import Divergence, Execution, LMHead, LogProbs, VocabShard
+
+__all__ = [
+    "Divergence",
+    "Execution",
+    "LMHead",
+    "LogProbs",
+    "VocabShard",
+    "linear_divergence",
+    "linear_logprobs",
+]

@@ -1,0 +1,29 @@
+"""Row kernels by backend. Each module offers the same functions on chunks of logits:
+
+    side_stats(z, labels, start)                     -> SideStats
+    pair_stats(z_s, z_t, labels, start, alpha)       -> PairStats
+    mixture_sums(z_s, z_t, lse_s, lse_t, alpha)      -> KL(q||M), KL(p||M)
+    mix_(log_p, z_k, lse_k, log_weight)              log_p <- log(exp(log_p) + w exp(z_k - lse_k))
+    divergence_grad_(z_s, z_t, terms, coefficient, alpha, cap, grad_filter)   z_s <- coefficient * d/dx
+    logprob_grad_(z, lse, entropy, labels, start, grads, cap)                 z <- d/dx
+
+`start` is the global index of column 0, `cap` is softcap / temperature or None: with it the gradient
+is taken before the cap, d/dx = d/dz (1 - (z / cap)^2). `backends` never import each other.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+BACKENDS = {"eager": ".eager", "triton": ".triton"}
+
+
+def pick(name: str | None, example: Tensor) -> ModuleType:
+    """The backend module by name, or the device's best: triton on CUDA, eager elsewhere."""
+    chosen = name or ("triton" if example.is_cuda else "eager")
+    if chosen not in BACKENDS:
+        raise ValueError(f"expected Execution.backend in {sorted(BACKENDS)}, got {chosen!r}")
+    return importlib.import_module(BACKENDS[chosen], __name__)

@@ -1,0 +1,8 @@
+"""Loss families: the dense definition that every backend is checked against, and the closed forms
+that the backends compute."""
+
+from . import divergence, logprob
+
+LOSSES = {"divergence": divergence.dense_divergence, "logprob": logprob.dense_logprobs}
+
+__all__ = ["LOSSES", "divergence", "logprob"]

@@ -1,0 +1,151 @@
+"""What the ops are given and what they return. Frozen dataclasses, no arithmetic.
+
+Legend: N tokens, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SAVE = ("auto", "gradients", "statistics")
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank holds the vocabulary rows from `start` on; shards may be uneven.
+
+    group: the process group that the vocabulary is split over, None for the default one.
+    """
+
+    start: int
+    group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0:
+            raise ValueError(f"expected VocabShard.start >= 0, got {self.start}")
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """Logits from hidden states: u = h Wᵀ + b; x = scale·u; z = softcap·tanh(x / softcap) or x.
+
+    vocab_size: rows at or past it are padding and count as -inf. It is the global size where the
+    head is one shard of a split vocabulary.
+    """
+
+    weight: Tensor  # (V_local, H)
+    bias: Tensor | None = None  # (V_local,)
+    softcap: float | None = None
+    scale: float = 1.0
+    vocab_size: int | None = None
+    shard: VocabShard | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(f"expected LMHead.weight of 2 dimensions (V, H), got shape {tuple(self.weight.shape)}")
+        if not self.weight.is_floating_point():
+            raise TypeError(f"expected a floating-point LMHead.weight, got {self.weight.dtype}")
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(f"expected LMHead.bias of shape ({self.weight.size(0)},), got {tuple(self.bias.shape)}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"expected LMHead.softcap > 0 or None, got {self.softcap}")
+        if self.scale == 0:
+            raise ValueError("expected LMHead.scale != 0, got 0")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"expected LMHead.vocab_size >= 1, got {self.vocab_size}")
+        if self.shard is None and self.vocab_size is not None and self.vocab_size > self.weight.size(0):
+            raise ValueError(
+                f"expected LMHead.vocab_size <= {self.weight.size(0)} rows of the weight, got {self.vocab_size}"
+            )
+
+    @classmethod
+    def from_model(cls, model: Any) -> LMHead:
+        """The output head of a transformers causal language model.
+
+        Reads the weight and bias of `get_output_embeddings()`, `final_logit_softcapping` (Gemma)
+        and `logit_scale` (Cohere). A tied embedding stays tied: its gradient arrives at the
+        shared parameter.
+
+        Raises ValueError where the model has no such head.
+        """
+        module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            raise ValueError(
+                f"{type(model).__name__} has no lm_head (get_output_embeddings() gave {type(module).__name__}); "
+                "load it with AutoModelForCausalLM, or build LMHead(weight, bias) yourself"
+            )
+        config = model.config.get_text_config()
+        return cls(
+            weight=weight,
+            bias=getattr(module, "bias", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=getattr(config, "logit_scale", None) or 1.0,
+        )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an op is run. None of it changes the result, except `grad_filter`.
+
+    backend: "eager", "triton" or None to choose by device.
+    chunk_tokens: rows of logits held at a time; None derives it from `memory_budget`.
+    memory_budget: bytes for the logits buffers; None is 64 MiB on CPU and 1 GiB elsewhere.
+    grad_filter: entries of a token's d(loss)/d(logits), before token weight and normalizer, with
+        |g| <= grad_filter are dropped from dH and dW. 0 is exact.
+    save: "gradients" computes dH and dW in the forward (4 products), "statistics" keeps a few
+        floats per token and recomputes both logits in the backward (6 products; needed for a
+        second backward). "auto" takes gradients where the loss is a scalar.
+    """
+
+    backend: str | None = None
+    chunk_tokens: int | None = None
+    memory_budget: int | None = None
+    grad_filter: float = 0.0
+    save: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"expected Execution.chunk_tokens >= 1, got {self.chunk_tokens}")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise ValueError(f"expected Execution.memory_budget >= 1 byte, got {self.memory_budget}")
+        if not self.grad_filter >= 0:
+            raise ValueError(f"expected Execution.grad_filter >= 0, got {self.grad_filter}")
+        if self.save not in SAVE:
+            raise ValueError(f"expected Execution.save in {SAVE}, got {self.save!r}")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Result of `linear_divergence`. Only `loss` carries gradients; tokens left out hold 0."""
+
+    loss: Tensor  # () or, with reduction="none", (...) times token_weights
+    per_token: Tensor  # (...) unweighted divergence in nats, detached
+    student_entropy: Tensor  # (...) nats
+    teacher_entropy: Tensor  # (...) nats
+    top1_agreement: Tensor  # (...) 1.0 where both argmax are the same row
+    student_logprobs: Tensor | None = None  # (...) of `labels`, nats
+    teacher_logprobs: Tensor | None = None  # (...) of `labels`, nats
+    student_topk_mass: Tensor | None = None  # (...) probability of the support, with top_k
+    teacher_topk_mass: Tensor | None = None  # (...)
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Result of `linear_logprobs`, all in nats and all differentiable; tokens left out hold 0."""
+
+    logprobs: Tensor  # (...)
+    entropy: Tensor  # (...)
+    logsumexp: Tensor  # (...)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything below is accumulated in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
