@@ -106,9 +106,9 @@ class Gradients:
             self.hidden[rows] = (product @ projection.weight).mul_(slope)
 
 
-def chunk_rows(tokens: int, columns: int, like: Tensor, requested: int | None, budget: int | None, buffers: int) -> int:
-    """Rows a chunk: as many as the budget holds, evened out so that no last chunk is small."""
-    if requested is None:
+def chunk_rows(tokens: int, columns: int, like: Tensor, requested: int, budget: int, buffers: int) -> int:
+    """Rows a chunk: as many as the budget holds, evened out so that no last chunk is small. 0 is "not given"."""
+    if requested == 0:
         item = accumulation_dtype(like.dtype).itemsize
         row_bytes = columns * (buffers * item + (0 if item == like.element_size() else like.element_size()))
         budget = budget or DEFAULT_BUDGET.get(like.device.type, DEFAULT_BUDGET_ELSEWHERE)
