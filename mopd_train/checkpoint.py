@@ -1,9 +1,9 @@
 """Checkpoints: whole or absent, loadable by transformers, enough to go on bit for bit.
 
-    checkpoint-<step>/              the student, as AutoModelForCausalLM.from_pretrained reads it, and its tokenizer
-                      teacher/      the EMA teacher, the same way (only where the teacher moves)
-                      state/        optimizer, scheduler and random states (accelerate)
-                      trainer_state.json   step, which is also the data position
+checkpoint-<step>/              the student, as AutoModelForCausalLM.from_pretrained reads it, and its tokenizer
+                  teacher/      the EMA teacher, the same way (only where the teacher moves)
+                  state/        optimizer, scheduler and random states (accelerate)
+                  trainer_state.json   step, which is also the data position
 """
 
 from __future__ import annotations

@@ -189,16 +189,23 @@ def validate(config: Config) -> None:
             f"expected rollout.num_generations >= 2 for context {config.context.context!r} (peers of the same "
             f"prompt), got {rollout.num_generations}; raise it, or use --context.context none"
         )
-    for key, value in {"rollout.temperature": rollout.temperature, "learning_rate": training.learning_rate}.items():
-        if not value > 0:
-            raise ValueError(f"expected {key} > 0, got {value}")
-    for key, value in {
+    positive = {
+        "rollout.temperature": rollout.temperature,
+        "evaluation.temperature": config.evaluation.temperature,
+        "training.learning_rate": training.learning_rate,
+        "training.max_grad_norm": training.max_grad_norm,
+    }
+    for key, number in positive.items():
+        if not number > 0:
+            raise ValueError(f"expected {key} > 0, got {number}")
+    fractions = {
         "rollout.top_p": rollout.top_p,
         "evaluation.top_p": config.evaluation.top_p,
         "distillation.teacher_update_rate": config.distillation.teacher_update_rate,
-    }.items():
-        if not 0 < value <= 1:
-            raise ValueError(f"expected {key} in (0, 1], got {value}")
+    }
+    for key, number in fractions.items():
+        if not 0 < number <= 1:
+            raise ValueError(f"expected {key} in (0, 1], got {number}")
     if not 0 <= config.distillation.alpha <= 1:
         raise ValueError(f"expected distillation.alpha in [0, 1], got {config.distillation.alpha}")
     named = config.distillation.teacher_model_name_or_path

@@ -62,7 +62,9 @@ def build_prompts(
 ) -> list[Prompt]:
     """Prompts of all rows. ValueError with the row's number for a missing column or a prompt too long."""
     if not rows:
-        raise ValueError(f"{source} has no rows; give --data.train_dataset / --data.eval_dataset or another --data.task")
+        raise ValueError(
+            f"{source} has no rows; give --data.train_dataset / --data.eval_dataset or another --data.task"
+        )
     prompts = []
     for number, row in enumerate(rows):
         missing = [column for column in ("prompt", *task.columns) if row.get(column) is None]

