@@ -6,6 +6,7 @@
     mix_(log_p, z_k, lse_k, log_weight)              log_p <- log(exp(log_p) + w exp(z_k - lse_k))
     divergence_grad_(z_s, z_t, terms, coefficient, alpha, cap, grad_filter)   z_s <- coefficient * d/dx
     logprob_grad_(z, lse, entropy, labels, start, grads, cap)                 z <- d/dx
+    topk(z, k)                                       -> values, columns (optional: eager's serves all)
 
 `start` is the global index of column 0, `cap` is softcap / temperature or None: with it the gradient
 is taken before the cap, d/dx = d/dz (1 - (z / cap)^2). `backends` never import each other.
@@ -14,6 +15,7 @@ is taken before the cap, d/dx = d/dz (1 - (z / cap)^2). `backends` never import 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
@@ -27,3 +29,9 @@ def pick(name: str | None, example: Tensor) -> ModuleType:
     if chosen not in BACKENDS:
         raise ValueError(f"expected Execution.backend in {sorted(BACKENDS)}, got {chosen!r}")
     return importlib.import_module(BACKENDS[chosen], __name__)
+
+
+def topk(backend: ModuleType) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """The backend's top-k, or eager's where it has none."""
+    own = getattr(backend, "topk", None)
+    return own or importlib.import_module(BACKENDS["eager"], __name__).topk

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..losses import divergence, logprob
+from ..losses import topk as topk_loss
 from ..losses.stats import MINUS_INFINITY, PairStats, SideStats, Terms
 
 BLOCK_BYTES = 1 << 20
@@ -136,3 +137,9 @@ def logprob_grad_(
         here = (local >= 0) & (local < z.size(1))
         grad.scatter_add_(1, local.clamp(0, z.size(1) - 1)[:, None], torch.where(here, grad_logprob, 0.0)[:, None])
         _store(z, rows, grad, cap)
+
+
+def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values (C, k), largest first, and columns; among equals at the k-th place the lowest columns."""
+    parts = [topk_loss.largest(z[rows], k) for rows in _blocks(z)]
+    return torch.cat([values for values, _ in parts]), torch.cat([columns for _, columns in parts])
