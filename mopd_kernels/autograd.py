@@ -43,9 +43,11 @@ def _setup_with_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _backward_with_grads(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """In place: a second gradient-sized buffer would cost as much as the parameter. Autograd's own version
-    counter turns a second backward into an error. The factor stays in float32: as a 0-dim tensor it does not
-    widen the product."""
+    """In place: a second gradient-sized buffer would cost as much as the parameter. The factor stays in float32:
+    as a 0-dim tensor it does not widen the product."""
+    if getattr(ctx, "spent", False):
+        raise RuntimeError('a second backward through linear_divergence needs Execution(save="statistics")')
+    ctx.spent = True
     with torch.no_grad():
         scaled = [
             saved.mul_(grad_loss).to(dtype) if wanted else None

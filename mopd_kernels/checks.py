@@ -148,8 +148,7 @@ def common_vocabulary(student: LMHead, teacher: LMHead) -> int:
 def _same_shard(student: LMHead, teacher: LMHead, vocabulary: int) -> None:
     if student.shard is None or teacher.shard is None or student.shard.group is not teacher.shard.group:
         raise ValueError(
-            "expected student and teacher head split over one process group, got "
-            f"{student.shard} and {teacher.shard}"
+            f"expected student and teacher head split over one process group, got {student.shard} and {teacher.shard}"
         )
     held = [
         (head.shard.start, min(vocabulary, head.shard.start + head.weight.size(0)))

@@ -233,9 +233,7 @@ def _merge(first: SideStats, second: SideStats) -> SideStats:
     return merge_sides(SideStats(*(torch.stack(pair) for pair in zip(first, second, strict=True))))[0]
 
 
-def _rows(
-    stats: PairStats, labels: Tensor | None, value: Tensor, bucket: topk.Buckets | None, terms: Terms
-) -> Tensor:
+def _rows(stats: PairStats, labels: Tensor | None, value: Tensor, bucket: topk.Buckets | None, terms: Terms) -> Tensor:
     student, teacher = stats.student, stats.teacher
     nothing = torch.zeros_like(value)
     return torch.stack(

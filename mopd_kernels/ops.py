@@ -158,6 +158,7 @@ def linear_logprobs(
         checks.positive("temperature", temperature)
         checks.hidden("hidden", hidden, head)
         flat_labels = checks.flat("labels", labels, hidden.shape[:-1])
+        assert flat_labels is not None
         vocabulary = head.vocab_size or head.weight.size(0)
         checks.labels(flat_labels, vocabulary)
         return LogprobArguments(
@@ -192,9 +193,7 @@ def grouped_logprobs(
         raise ValueError(
             f"expected hidden (K, ..., H) and labels (...), got {tuple(hidden.shape)} and {tuple(labels.shape)}"
         )
-    return linear_logprobs(
-        hidden, head, labels.expand(hidden.shape[:-1]), temperature=temperature, execution=execution
-    )
+    return linear_logprobs(hidden, head, labels.expand(hidden.shape[:-1]), temperature=temperature, execution=execution)
 
 
 def _weighted_divergence(arguments: DivergenceArguments, save: str, per_token: bool) -> tuple[Tensor, Tensor]:

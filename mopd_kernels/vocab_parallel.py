@@ -50,7 +50,7 @@ class Ranks:
     @classmethod
     def named(cls, name: str) -> Ranks:
         """The group by the name that custom operators carry, "" for none."""
-        return cls(dist.distributed_c10d._resolve_process_group(name) if name else None)
+        return cls(dist.distributed_c10d._resolve_process_group(name) if name else None)  # type: ignore[arg-type]
 
     @property
     def size(self) -> int:
@@ -138,7 +138,7 @@ def group_name(group: dist.ProcessGroup | None) -> str:
     """The name that `Ranks.named` takes; None is the default group."""
     if group is None and not dist.is_initialized():
         raise ValueError("VocabShard(group=None) means the default process group: call init_process_group first")
-    return (group or dist.group.WORLD).group_name
+    return str((group or dist.distributed_c10d._get_default_group()).group_name)
 
 
 def _check_tiling(parts: list[Part]) -> None:
