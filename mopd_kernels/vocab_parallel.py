@@ -84,7 +84,7 @@ class Ranks:
     def _gather(self, part: Tensor) -> Tensor:
         """(P, ...) of every rank's `part`."""
         parts = part.new_empty(self.size, *part.shape)
-        dist.all_gather_into_tensor(parts.view(-1), part.contiguous().view(-1), group=self.group)
+        dist.all_gather(list(parts.unbind(0)), part.contiguous(), group=self.group)
         return parts
 
     def pair(self, stats: PairStats, alpha: float) -> PairStats:

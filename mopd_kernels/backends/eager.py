@@ -130,6 +130,8 @@ def logprob_grad_(
     grads: tuple[Tensor, Tensor, Tensor],  # of log-prob, entropy and logsumexp, each (C,)
     cap: float | None,
 ) -> None:
+    if z.size(1) == 0:
+        return
     for rows in _blocks(z):
         grad_logprob, grad_entropy, grad_lse = (g[rows] for g in grads)
         grad = logprob.grad_of_logprobs(z[rows] - lse[rows, None], entropy[rows], grad_logprob, grad_entropy, grad_lse)
