@@ -152,14 +152,15 @@ def divergence_backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients from saved row statistics: logits are computed anew, statistics are not. With top-k the
-    teacher's logits are not needed."""
+    teacher's logits are not needed, without its tail the student's neither."""
     hidden, kept = problem.student_hidden, problem.kept
     problem = replace(problem, kept=kept[coefficient[kept] != 0])
     gradients = Gradients.zeros(hidden, problem.student, needs)
     buffers = problem.buffers(1 if problem.top_k else problem.buffer_count)
     for index in chunks(problem.kept, problem.chunk):
-        chunk = saved.at(index)
-        z_s = buffers.project(0, problem.student, hidden[index])
+        chunk, z_s = saved.at(index), buffers.logits[0][: index.numel()]
+        if not problem.top_k or problem.add_tail:
+            buffers.project(0, problem.student, hidden[index])
         z_t = z_s if problem.top_k else _teacher_logits(problem, buffers, index, chunk.context_lse)[0]
         _to_gradient_(problem, chunk, coefficient[index], z_s, z_t)
         gradients.add(index, z_s, hidden[index], problem.student, buffers)

@@ -105,4 +105,4 @@ class Gradients:
         if self.weight is not None:
             self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), alpha=slope)
         if self.hidden is not None:
-            self.hidden[rows] = (buffers.lowered(grad) @ projection.weight).mul_(slope)
+            self.hidden[rows] = torch.mm(buffers.lowered(grad), projection.weight).mul_(slope)
