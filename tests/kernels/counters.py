@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopd_kernels import operators
 
+
 def inside(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Call `func`; of our own operators the body, which a mode would not see otherwise."""
     if func.namespace != "mopd":
