@@ -25,19 +25,22 @@ from .projection import Buffers, Gradients, Needs, Projection
 from .spec import accumulation_dtype
 from .vocab_parallel import Ranks
 
-DEFAULT_BUDGET = {"cpu": 64 << 20}
+DEFAULT_BUDGET = {"cpu": 80 << 20}
 DEFAULT_BUDGET_ELSEWHERE = 1 << 30
+ROW_MULTIPLE = 16
 
 
 def chunk_rows(tokens: int, columns: int, like: Tensor, requested: int, budget: int, buffers: int) -> int:
-    """Rows a chunk: as many as the budget holds, evened out so that no last chunk is small. 0 is "not given"."""
+    """Rows a chunk: as many as the budget holds, evened out so that no last chunk is small, and whole vectors
+    where that fits. 0 is "not given"."""
     if requested == 0:
         item = accumulation_dtype(like.dtype).itemsize
         row_bytes = columns * (buffers * item + (0 if item == like.element_size() else like.element_size()))
         budget = budget or DEFAULT_BUDGET.get(like.device.type, DEFAULT_BUDGET_ELSEWHERE)
         requested = max(1, budget // max(1, row_bytes))
     chunks = -(-tokens // requested)
-    return -(-tokens // max(1, chunks))
+    even = -(-tokens // max(1, chunks))
+    return min(requested, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
 def chunks(kept: Tensor, size: int) -> Iterator[Tensor]:
@@ -66,7 +69,8 @@ class DivergenceProblem:
     grad_filter: float
 
     def buffers(self, count: int) -> Buffers:
-        return Buffers(self.chunk, self.student.weight.size(0), self.student_hidden, count)
+        column_major = getattr(self.backend, "COLUMN_MAJOR", False)
+        return Buffers(self.chunk, self.student.weight.size(0), self.student_hidden, count, column_major)
 
     @property
     def buffer_count(self) -> int:
@@ -139,8 +143,7 @@ def divergence_forward(
         chunk = step(problem, index, z_s, z_t)._replace(context_lse=context_lse)
         saved.put(index, chunk)
         if coefficient is not None and any(needs):
-            _to_gradient_(problem, chunk, coefficient[index], z_s, z_t)
-            gradients.add(index, z_s, hidden[index], problem.student, buffers)
+            _add_gradients(problem, gradients, buffers, index, chunk, coefficient[index], z_s, z_t)
     problem.ranks.reduce(gradients.hidden)
     return saved, gradients
 
@@ -162,8 +165,7 @@ def divergence_backward(
         if not problem.top_k or problem.add_tail:
             buffers.project(0, problem.student, hidden[index])
         z_t = z_s if problem.top_k else _teacher_logits(problem, buffers, index, chunk.context_lse)[0]
-        _to_gradient_(problem, chunk, coefficient[index], z_s, z_t)
-        gradients.add(index, z_s, hidden[index], problem.student, buffers)
+        _add_gradients(problem, gradients, buffers, index, chunk, coefficient[index], z_s, z_t)
     problem.ranks.reduce(gradients.hidden)
     return gradients
 
@@ -252,6 +254,30 @@ def _rows(stats: PairStats, labels: Tensor | None, value: Tensor, bucket: topk.B
     )
 
 
+def _add_gradients(
+    problem: DivergenceProblem,
+    gradients: Gradients,
+    buffers: Buffers,
+    index: Tensor,
+    saved: Saved,
+    coefficient: Tensor,
+    z_s: Tensor,
+    z_t: Tensor,
+) -> None:
+    """Overwrites both logits. A backend that can pack what `grad_filter` keeps has its own, sparse products."""
+    hidden, head = problem.student_hidden[index], problem.student
+    pack = getattr(problem.backend, "divergence_grad_kept_", None)
+    if pack is None or problem.grad_filter == 0 or problem.top_k > 0 or buffers.low is not None:
+        _to_gradient_(problem, saved, coefficient, z_s, z_t)
+    else:
+        terms = DivergenceRows(*saved.rows).terms
+        kept = pack(z_s, z_t, terms, coefficient, problem.alpha, head.cap, problem.grad_filter)
+        if kept is not None:
+            gradients.add_kept(index, kept, hidden, head)
+            return
+    gradients.add(index, z_s, hidden, head, buffers)
+
+
 def _to_gradient_(problem: DivergenceProblem, saved: Saved, coefficient: Tensor, z_s: Tensor, z_t: Tensor) -> None:
     """z_s <- coefficient d(value)/d(z_s before the cap)"""
     terms = DivergenceRows(*saved.rows).terms
@@ -286,52 +312,3 @@ def _scatter_(ranks: Ranks, z: Tensor, columns: Tensor, values: Tensor) -> None:
         return
     row, place = ((columns >= 0) & (columns < z.size(1))).nonzero(as_tuple=True)
     z[row, columns[row, place]] = values[row, place]
-
-
-@dataclass(frozen=True)
-class LogprobProblem:
-    """One call of `linear_logprobs` after all checks."""
-
-    hidden: Tensor  # (N, H)
-    head: Projection
-    labels: Tensor  # (N,)
-    kept: Tensor  # (M,)
-    backend: ModuleType
-    ranks: Ranks
-    chunk: int
-
-    def buffers(self) -> Buffers:
-        return Buffers(self.chunk, self.head.weight.size(0), self.hidden, count=1)
-
-
-def logprobs_forward(problem: LogprobProblem) -> Tensor:
-    """(3, N): log-prob of the label, entropy and logsumexp of each kept token."""
-    dtype = accumulation_dtype(problem.hidden.dtype)
-    result = problem.hidden.new_zeros(3, problem.hidden.size(0), dtype=dtype)
-    buffers = problem.buffers()
-    for index in chunks(problem.kept, problem.chunk):
-        z = buffers.project(0, problem.head, problem.hidden[index])
-        side = problem.ranks.side(problem.backend.side_stats(z, problem.labels[index], problem.head.start))
-        lse = side.logsumexp
-        result[:, index] = torch.stack([side.label - lse, side.entropy, lse])
-    return result
-
-
-def logprobs_backward(
-    problem: LogprobProblem,
-    result: Tensor,  # (3, N) of the forward
-    grads: Tensor,  # (3, N)
-    needs: Needs,
-) -> Gradients:
-    gradients = Gradients.zeros(problem.hidden, problem.head, needs)
-    buffers = problem.buffers()
-    for index in chunks(problem.kept, problem.chunk):
-        hidden = problem.hidden[index]
-        z = buffers.project(0, problem.head, hidden)
-        upstream = tuple(grads[:, index])
-        _, entropy, lse = result[:, index]
-        cap, start = problem.head.cap, problem.head.start
-        problem.backend.logprob_grad_(z, lse, entropy, problem.labels[index], start, upstream, cap)
-        gradients.add(index, z, hidden, problem.head, buffers)
-    problem.ranks.reduce(gradients.hidden)
-    return gradients

@@ -9,6 +9,7 @@ Legend: N tokens, C chunk, V vocabulary rows held here, H hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,12 +58,20 @@ class Projection:
 
 
 class Buffers:
-    """Chunk buffers, allocated once a call and reused by every chunk."""
+    """Chunk buffers (C, V), allocated once a call and reused by every chunk.
 
-    def __init__(self, chunk: int, columns: int, like: Tensor, count: int) -> None:
+    column_major: the values of a vocabulary row are neighbours, strides (1, C), as the backend's kernels want it.
+    """
+
+    def __init__(self, chunk: int, columns: int, like: Tensor, count: int, column_major: bool = False) -> None:
+        def empty(dtype: torch.dtype) -> Tensor:
+            if column_major:
+                return torch.empty(columns, chunk, dtype=dtype, device=like.device).T
+            return torch.empty(chunk, columns, dtype=dtype, device=like.device)
+
         dtype = accumulation_dtype(like.dtype)
-        self.logits = [torch.empty(chunk, columns, dtype=dtype, device=like.device) for _ in range(count)]
-        self.low = None if like.dtype == dtype else torch.empty(chunk, columns, dtype=like.dtype, device=like.device)
+        self.logits = [empty(dtype) for _ in range(count)]
+        self.low = None if like.dtype == dtype else empty(like.dtype)
 
     def project(self, index: int, projection: Projection, hidden: Tensor) -> Tensor:
         rows = hidden.size(0)
@@ -106,3 +115,13 @@ class Gradients:
             self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), alpha=slope)
         if self.hidden is not None:
             self.hidden[rows] = torch.mm(buffers.lowered(grad), projection.weight).mul_(slope)
+
+    def add_kept(self, rows: Tensor, kept: Any, hidden: Tensor, projection: Projection) -> None:
+        """`add` of a gradient that a backend returned as its kept entries."""
+        valid = projection.weight.size(0)
+        grad_hidden = None if self.hidden is None else torch.empty_like(hidden)
+        grad_weight = None if self.weight is None else self.weight[:valid]
+        grad_bias = None if self.bias is None else self.bias[:valid]
+        kept.products(hidden, projection.weight, projection.slope, grad_hidden, grad_weight, grad_bias)
+        if self.hidden is not None and grad_hidden is not None:
+            self.hidden[rows] = grad_hidden

@@ -232,7 +232,7 @@ def _marks(name: str) -> list[pytest.MarkDecorator]:
     if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return [pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1")]
     try:
-        backends.pick(name, torch.empty(0))
+        getattr(backends.pick(name, torch.empty(0)), "library", int)()
     except (ImportError, OSError, RuntimeError) as error:
         return [pytest.mark.skip(reason=f"backend {name}: {error}")]
     return []
