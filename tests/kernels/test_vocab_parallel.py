@@ -52,9 +52,6 @@ def test_equals_one_process(results, size, reduction, name):
     for rank, result in enumerate(ranks):
         first, stop = BOUNDS[size][rank], None if rank == size - 1 else BOUNDS[size][rank + 1]
         grads = {n: g if n == "student_hidden" else g[first:stop] for n, g in whole.grads.items()}
-        for empty in [n for n, g in grads.items() if g.numel() == 0]:
-            assert result.grads[empty].numel() == 0
-            del grads[empty]
         assert_equal(result, replace(whole, grads=grads), 1e-11, 1e-12)
         assert torch.equal(result.value, ranks[0].value)
         assert torch.equal(result.grads["student_hidden"], ranks[0].grads["student_hidden"])
