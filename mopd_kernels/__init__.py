@@ -1,6 +1,7 @@
 """Fused teacher-student losses and log-probs over large vocabularies: hidden states in, logits never whole."""
 
-from .ops import linear_divergence, linear_logprobs
+from .mixing import contrastive_hidden, trust_region_teacher
+from .ops import grouped_logprobs, linear_divergence, linear_logprobs
 from .spec import Divergence, Execution, LMHead, LogProbs, VocabShard
 
 __all__ = [
@@ -9,6 +10,9 @@ __all__ = [
     "LMHead",
     "LogProbs",
     "VocabShard",
+    "contrastive_hidden",
+    "grouped_logprobs",
     "linear_divergence",
     "linear_logprobs",
+    "trust_region_teacher",
 ]
