@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,8 @@ class PrefixTree:
         length = self.length(i)
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
-            raise ValueError(f"expected 0 <= start <= stop <= {length} for sequence {i}, got start={start}, stop={stop}")
+            raise ValueError(f"expected 0 <= start <= stop <= {length} for sequence {i}, "
+                             f"got start={start}, stop={stop}")
         rows = torch.cat([torch.arange(a, b) for a, b in self.spans[i]])
         return rows[start:stop].to(self.ids.device)
 
@@ -201,7 +202,7 @@ def _sort(sequences: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     local = [tokens.detach().cpu() for tokens in sequences]
     keys = [tuple(tokens.tolist()) for tokens in local]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    shared = [0] + [_shared_prefix(local[a], local[b]) for a, b in zip(order, order[1:])]
+    shared = [0] + [_shared_prefix(local[a], local[b]) for a, b in pairwise(order)]
     return order, shared
 
 
@@ -232,7 +233,7 @@ def _cheapest_cuts(lengths: list[int], shared: list[int], max_tokens: int) -> li
 
     Starting a range at k computes shared[k] tokens again; dynamic programming over the first k sequences.
     """
-    added = list(accumulate((length - common for length, common in zip(lengths, shared)), initial=0))
+    added = list(accumulate((length - common for length, common in zip(lengths, shared, strict=True)), initial=0))
     best: list[tuple[int, int, int]] = [(0, 0, 0)]  # (repeated tokens, ranges, first of the last range)
     for last in range(1, len(lengths) + 1):
         choices = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,10 +39,11 @@ class TreePlan:
         self.cache: dict[Any, Any] = {}  # masks and indices by window and dtype, made by the first layer
         self.pieces = [node.stop - node.start for node in tree.nodes]
         starts = [node.start for node in tree.nodes]
-        self.key_pieces = [
-            [i for span in (*run.prefix, (run.start, run.stop)) for i in range(*(bisect_left(starts, row) for row in span))]
-            for run in tree.runs
-        ]
+        self.key_pieces = []
+        for run in tree.runs:
+            path = (*run.prefix, (run.start, run.stop))
+            nodes = [range(bisect_left(starts, start), bisect_left(starts, stop)) for start, stop in path]
+            self.key_pieces.append(list(chain.from_iterable(nodes)))
 
     def layout(self, window: int | None, like: Tensor) -> tuple[list, list[int], Callable]:
         """(blocks of each run, rows of every block, mask of a block); a block is (depth, rows, low).
@@ -54,9 +56,10 @@ class TreePlan:
             blocks = []
             for run in self.tree.runs:
                 stop = run.depth + run.stop - run.start
-                starts = range(run.depth, stop, CHUNK)
-                lows = [max(0, depth - window + 1) if window else 0 for depth in starts]
-                blocks.append([(depth, min(CHUNK, stop - depth), low) for depth, low in zip(starts, lows)])
+                blocks.append([
+                    (depth, min(CHUNK, stop - depth), max(0, depth - window + 1) if window else 0)
+                    for depth in range(run.depth, stop, CHUNK)
+                ])
             flat = [block for run_blocks in blocks for block in run_blocks]
             self.cache[key] = blocks, [rows for _, rows, _ in flat], _band_masks(flat, window, like)
         return self.cache[key]

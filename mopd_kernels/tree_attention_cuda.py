@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .tree_attention import TreePlan
 
 
 @functools.cache
-def _compiled_flex() -> Callable:
+def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
@@ -48,13 +49,16 @@ def flex_kernel(
         mask_mod = ancestor_mask(plan.tree, window, query.device)
         plan.cache[cache_key] = create_block_mask(mask_mod, None, None, rows, rows, device=query.device)
 
-    def cap(score: Tensor, *_: Tensor) -> Tensor:
-        return torch.tanh(score / softcap) * softcap
+    score_mod = None
+    if softcap is not None:
+        cap = softcap
 
-    flex = _compiled_flex() if query.is_cuda else flex_attention
-    groups = query.shape[1] // key.shape[1]
-    out = flex(query, key, value, score_mod=None if softcap is None else cap, block_mask=plan.cache[cache_key],
-               scale=scale, enable_gqa=groups > 1)
+        def score_mod(score: Tensor, *_: Tensor) -> Tensor:
+            return torch.tanh(score / cap) * cap
+
+    flex: Any = _compiled_flex() if query.is_cuda else flex_attention
+    block_mask, grouped = plan.cache[cache_key], query.shape[1] != key.shape[1]
+    out = flex(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous()
 
 
@@ -72,17 +76,21 @@ def ancestor_mask(tree: PrefixTree, window: int | None, device: torch.device) ->
     return mask_mod
 
 
+Side = tuple[Tensor | None, Tensor, int]
+
+
 @dataclass(frozen=True)
 class VarlenCall:
-    """One varlen call: rows of queries and keys (None: all, in place) and where each of B nodes starts in them."""
+    """One varlen call. A side is (rows (N,) int64 or None for all, edges (B + 1,) int32 of nodes in them, longest)."""
 
-    queries: Tensor | None  # (Nq,) int64
-    keys: Tensor | None  # (Nk,) int64
-    cu_queries: Tensor  # (B + 1,) int32
-    cu_keys: Tensor  # (B + 1,) int32
-    max_queries: int
-    max_keys: int
+    queries: Side
+    keys: Side
     causal: bool
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
+        return self.queries[1], self.keys[1], self.queries[2], self.keys[2]
 
 
 def level_calls(tree: PrefixTree, device: torch.device) -> list[VarlenCall]:
@@ -91,21 +99,20 @@ def level_calls(tree: PrefixTree, device: torch.device) -> list[VarlenCall]:
     Each (row, ancestor) pair falls in exactly one call, and within a call a row occurs at most once.
     """
 
-    def call(queries: list[tuple[int, int]], keys: list[tuple[int, int]], causal: bool) -> VarlenCall:
-        spans, index, cumulative, longest = (queries, keys), [], [], []
-        for side in spans:
-            lengths = torch.tensor([b - a for a, b in side])
-            cumulative.append(torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device))
-            index.append(None if causal else torch.cat([torch.arange(a, b) for a, b in side]).to(device))
-            longest.append(int(lengths.max()))
-        return VarlenCall(*index, *cumulative, *longest, causal)
+    def side(spans: list[tuple[int, int]], gather: bool) -> Side:
+        lengths = [stop - start for start, stop in spans]
+        edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        rows = torch.cat([torch.arange(*span) for span in spans]).to(device) if gather else None
+        return rows, edges, max(lengths)
 
-    everything = [(node.start, node.stop) for node in tree.nodes]
-    calls = [call(everything, everything, True)]
+    everything = side([(node.start, node.stop) for node in tree.nodes], gather=False)
+    calls = [VarlenCall(everything, everything, causal=True)]
     inner = [node for node in tree.nodes if node.end > node.stop]
     for level in range(1 + max((node.level for node in inner), default=-1)):
         nodes = [node for node in inner if node.level == level]
-        calls.append(call([(n.stop, n.end) for n in nodes], [(n.start, n.stop) for n in nodes], False))
+        queries = side([(node.stop, node.end) for node in nodes], gather=True)
+        keys = side([(node.start, node.stop) for node in nodes], gather=True)
+        calls.append(VarlenCall(queries, keys, causal=False))
     return calls
 
 
@@ -128,21 +135,23 @@ class LevelAttention(torch.autograd.Function):
         softcap: float,  # 0: none
         functions: tuple[Callable, Callable],  # flash_attn_varlen_func, _flash_attn_varlen_backward
     ) -> Tensor:  # (T, H, D)
-        merged = lse = None
+        wide = torch.promote_types(query.dtype, torch.float32)
+        merged = torch.empty(0)
+        lse = torch.empty(0)
         for call in calls:
-            q, (k, v) = _rows(query, call.queries), (_rows(x, call.keys) for x in (key, value))
+            rows, (k, v) = call.queries[0], (_rows(x, call.keys[0]) for x in (key, value))
             part, part_lse, _ = functions[0](
-                q, k, v, call.cu_queries, call.cu_keys, call.max_queries, call.max_keys,
+                _rows(query, rows), k, v, *call.lengths,
                 softmax_scale=scale, causal=call.causal, softcap=softcap, return_attn_probs=True,
             )
-            if merged is None:
-                merged, lse = part.to(torch.promote_types(part.dtype, torch.float32)), part_lse
+            if rows is None:  # the first call, of every row
+                merged, lse = part.to(wide), part_lse
                 continue
-            old = lse[:, call.queries]
+            old = lse[:, rows]
             new = torch.logaddexp(old, part_lse)
             keep, add = ((x - new).exp().t()[..., None] for x in (old, part_lse))
-            merged[call.queries] = merged[call.queries] * keep + part * add
-            lse[:, call.queries] = new
+            merged[rows] = merged[rows] * keep + part * add
+            lse[:, rows] = new
         out = merged.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.calls, ctx.scale, ctx.softcap, ctx.backward_function = calls, scale, softcap, functions[1]
@@ -153,18 +162,19 @@ class LevelAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         wide = torch.promote_types(query.dtype, torch.float32)
         totals = [torch.zeros_like(x, dtype=wide) for x in (query, key, value)]
+        grad = grad.contiguous()
         for call in ctx.calls:
-            q, k, v = _rows(query, call.queries), _rows(key, call.keys), _rows(value, call.keys)
-            parts = [torch.empty_like(x) for x in (q, k, v)]
+            index = (call.queries[0], call.keys[0], call.keys[0])
+            inputs = [_rows(x, rows) for x, rows in zip((query, key, value), index, strict=True)]
+            parts = [torch.empty_like(x) for x in inputs]
             ctx.backward_function(
-                _rows(grad, call.queries).contiguous(), q, k, v, _rows(out, call.queries),
-                lse if call.queries is None else lse[:, call.queries], *parts,
-                call.cu_queries, call.cu_keys, call.max_queries, call.max_keys,
-                0.0, ctx.scale, call.causal, -1, -1, ctx.softcap, None, False,
+                _rows(grad, index[0]), *inputs, _rows(out, index[0]), lse if index[0] is None else lse[:, index[0]],
+                *parts, *call.lengths, 0.0, ctx.scale, call.causal, -1, -1, ctx.softcap, None, False,
             )
-            for total, part, index in zip(totals, parts, (call.queries, call.keys, call.keys), strict=True):
-                total.add_(part) if index is None else total.index_add_(0, index, part.to(wide))
-        return (*(t.to(x.dtype) for t, x in zip(totals, (query, key, value))), None, None, None, None)
+            for total, part, rows in zip(totals, parts, index, strict=True):
+                total.add_(part) if rows is None else total.index_add_(0, rows, part.to(wide))
+        grads = [total.to(x.dtype) for total, x in zip(totals, (query, key, value), strict=True)]
+        return (*grads, None, None, None, None)
 
 
 def _rows(x: Tensor, index: Tensor | None) -> Tensor:
@@ -234,8 +244,7 @@ def varlen_reference(
     """`flash_attn_varlen_func` in plain torch: out (Nq, H, D), with return_attn_probs also lse (H, Nq) and None."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
-    edges_q, edges_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for a, b, c, d in zip(edges_q, edges_q[1:], edges_k, edges_k[1:]):
+    for (a, b), (c, d) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
         scores = _scores(q[a:b], k[c:d], scale, causal, softcap)
         lse[:, a:b] = scores.logsumexp(-1)
         values = v[c:d].repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -253,9 +262,8 @@ def varlen_reference_backward(
 
     P = exp(s - lse), dS = P * (dout v^T - rowsum(dout * out)), times 1 - (s / softcap)^2 where scores are capped.
     """
-    edges_q, edges_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     groups = q.shape[1] // k.shape[1]
-    for a, b, c, d in zip(edges_q, edges_q[1:], edges_k, edges_k[1:]):
+    for (a, b), (c, d) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
         keys, values = (x[c:d].repeat_interleave(groups, 1) for x in (k, v))
         scores = _scores(q[a:b], k[c:d], softmax_scale, causal, softcap)
         p = (scores - softmax_lse[:, a:b, None]).exp()

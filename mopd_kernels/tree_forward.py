@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The trunk that turns token ids into hidden states, without the lm_head; adapters stay inside it."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    return model if get_decoder is None else get_decoder()
 
 
 def forward_tree(model: nn.Module, tree: PrefixTree, *, kernel: str = "auto") -> Tensor:  # (T, hidden size)
@@ -44,7 +45,8 @@ def forward_tree(model: nn.Module, tree: PrefixTree, *, kernel: str = "auto") ->
                 use_cache=False,
                 tree_plan=plan,
             ).last_hidden_state[0]
-        layers = trunk.config.num_hidden_layers
+        config: Any = trunk.config
+        layers = config.num_hidden_layers
         if plan.calls >= layers:
             return hidden
         reason = f"only {plan.calls} of its {layers} layers go through transformers' attention interface"
@@ -68,23 +70,30 @@ def why_not(trunk: nn.Module, tree: PrefixTree) -> str | None:
     dropout = max(getattr(config, name, None) or 0.0 for name in names)
     if trunk.training and dropout:
         return f"it trains with attention dropout {dropout}"
-    limit = _length_dependent_rope(config)
-    if limit is not None and tree.max_length > limit:
-        return f"its rotary embedding depends on the sequence length past {limit} tokens"
+    _check_rope(config, tree)
     return None
 
 
-def _length_dependent_rope(config: Any) -> int | None:
-    """Length up to which rotary frequencies are the same for all sequences, if they are not for every length."""
+def _check_rope(config: Any, tree: PrefixTree) -> None:
+    """ValueError where the length of a whole sequence changes the rotary embedding of its prefix.
+
+    Then sequences have no common hidden states, packed or not: "dynamic" scales with the length past a limit, and
+    "longrope" switches frequencies at it.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
-    if not rope_types & {"dynamic", "longrope"}:
-        return None
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return original or config.max_position_embeddings
+    for parameters in (rope, *rope.values()):
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        lengths = [tree.length(i) for i in range(len(tree.spans))]
+        shortest, longest = min(lengths), max(lengths)
+        if longest > limit and (shortest <= limit if kind == "longrope" else shortest != longest):
+            raise ValueError(f"{kind} rotary embeddings make prefixes depend on the sequence length past {limit} "
+                             f"tokens, got lengths from {shortest} to {longest}: run without a tree")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_once(model: str, reason: str) -> None:
     logger.warning("%s cannot follow a prefix tree (%s): running one sequence at a time", model, reason)
 
@@ -124,7 +133,8 @@ def _tree_implementation(trunk: nn.Module) -> Iterator[None]:
     that enters it again. `checkpoint_fn` is the one of torch's CheckpointWrapper.
     """
     _register()
-    configs = list({id(m.config): m.config for m in trunk.modules() if hasattr(m, "config")}.values())
+    found: list[Any] = [module.config for module in trunk.modules() if hasattr(module, "config")]
+    configs = list({id(config): config for config in found}.values())
 
     @contextmanager
     def selected() -> Iterator[None]:

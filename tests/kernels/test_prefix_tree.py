@@ -107,7 +107,7 @@ def test_gather_reads_rows_and_sums_gradients_of_shared_ones():
     ("call", "message"),
     [
         (lambda: PrefixTree.pack([]), "at least one sequence"),
-        (lambda: PrefixTree.pack([torch.tensor([1]), torch.tensor([], dtype=torch.long)]), "sequence 1 .* shape \\(0,\\)"),
+        (lambda: PrefixTree.pack([torch.tensor([1]), torch.zeros(0, dtype=torch.long)]), "sequence 1 .* shape .0,"),
         (lambda: PrefixTree.pack([torch.tensor([1.0])]), "dtype torch.float32"),
         (lambda: PrefixTree.pack_many(tensors([[1], [2, 3, 4]]), 2), "max_tokens=2 .* got 3 in sequence 1"),
         (lambda: PrefixTree.pack(tensors([[1, 2]])).rows(0, 1, 3), "stop <= 2 .* stop=3"),

@@ -1,5 +1,6 @@
 """A forward over the tree against one forward per sequence, for tiny models of every family."""
 
+import functools
 import logging
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from mopd_kernels import tree_attention, tree_forward
 from mopd_kernels.prefix_tree import PrefixTree
-from mopd_kernels.tree_attention import KERNELS, TreePlan
+from mopd_kernels.tree_attention import KERNELS
 from mopd_kernels.tree_attention_cuda import varlen_reference, varlen_reference_backward
 
 VOCAB = 50
@@ -18,6 +19,7 @@ SMALL = dict(
     vocab_size=VOCAB, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )
+FULL = "full_attention"
 WINDOW = 6  # shorter than most paths below
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -26,8 +28,8 @@ FAMILIES = {
     "qwen3": ("Qwen3", dict(head_dim=8)),
     "mistral": ("Mistral", dict(sliding_window=WINDOW, head_dim=6)),
     "gemma2": ("Gemma2", dict(sliding_window=WINDOW, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=5)),
-    "gemma3": ("Gemma3Text", dict(sliding_window=WINDOW, head_dim=8, layer_types=["sliding_attention"] * 2 + ["full_attention"])),
-    "phi": ("Phi", dict(partial_rotary_factor=0.5, resid_pdrop=0.0)),
+    "gemma3": ("Gemma3Text", dict(sliding_window=WINDOW, head_dim=8, layer_types=["sliding_attention"] * 2 + [FULL])),
+    "phi": ("Phi", dict(hidden_size=32, partial_rotary_factor=0.5, resid_pdrop=0.0)),
     "phi3": ("Phi3", dict(sliding_window=WINDOW, resid_pdrop=0.0)),
     "gpt_oss": ("GptOss", dict(sliding_window=WINDOW, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
                                rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
@@ -111,7 +113,7 @@ def test_hidden_states_and_gradients_equal_one_forward_per_sequence(family):
 
 
 def test_float64_agrees_to_its_own_precision():
-    check(tiny("gemma3").double(), group(), tolerance=1e-12)
+    check(tiny("phi").double(), group(), tolerance=1e-13)  # the others have norms in float32
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
@@ -122,14 +124,16 @@ def test_chunks_of_queries_change_nothing(family, chunk, monkeypatch):
 
 
 token_lists = st.lists(st.lists(st.integers(3, 4), min_size=1, max_size=12), min_size=1, max_size=7)
-MODELS = {}
+cached = functools.cache(tiny)
+UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
+@UNCOMPILED
 @given(token_lists, st.sampled_from(["llama", "gemma2"]), st.sampled_from(["sdpa", "reference", "flex"]))
 @settings(max_examples=40, deadline=None)
 def test_any_tree_gives_the_hidden_states_of_its_sequences(lists, family, kernel):
     kernel = "sdpa" if family == "gemma2" and kernel == "reference" else kernel  # no sliding windows there
-    model = MODELS.setdefault(family, tiny(family))
+    model = cached(family)
     with torch.no_grad():
         check(model, [torch.tensor(tokens) for tokens in lists], kernel, backward=False)
 
@@ -140,9 +144,11 @@ def test_levels_merged_by_logsumexp_give_the_same_gradients(family):
     check(tiny(family, **window), group(), kernel="reference")
 
 
+@UNCOMPILED
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-def test_flex_mask_and_softcap_give_the_same_gradients(family):
-    check(tiny(family), group(), kernel="flex")
+@torch.no_grad()
+def test_flex_mask_and_softcap_give_the_same_hidden_states(family):
+    check(tiny(family), group(), kernel="flex", backward=False)  # flex has no backward on CPU
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
@@ -157,7 +163,8 @@ def test_varlen_reference_backward_is_the_gradient_of_its_forward(softcap, causa
     expected = torch.autograd.grad(out, (q, k, v), grad)
     actual = [torch.empty_like(x) for x in (q, k, v)]
     with torch.no_grad():
-        varlen_reference_backward(grad, q, k, v, out, lse, *actual, *arguments, 0.0, 0.5, causal, -1, -1, softcap, None, False)
+        options = (0.0, 0.5, causal, -1, -1, softcap, None, False)
+        varlen_reference_backward(grad, q, k, v, out, lse, *actual, *arguments, *options)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)
     scores = 0.5 * torch.einsum("nhd,mhd->hnm", q[:3], k[:3].repeat_interleave(2, 1))
@@ -166,6 +173,7 @@ def test_varlen_reference_backward_is_the_gradient_of_its_forward(softcap, causa
     torch.testing.assert_close(lse[:, :3], scores.logsumexp(-1))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_recomputes_with_the_tree(reentrant):
     model = tiny("llama")
@@ -213,12 +221,6 @@ def test_all_layers_share_one_plan():
         tree.forward(model)
     assert [window for window, _ in seen] == [WINDOW, None, WINDOW]
     assert seen[0][1] is seen[2][1]
-    assert isinstance(TreePlan(tree, "sdpa").cache, dict)
-
-
-LINEAR = dict(
-    SMALL, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
-)
 
 
 def recurrent():
@@ -243,12 +245,7 @@ def bypassing():
     return model, "only 2 of its 3 layers"
 
 
-def long_rope():
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    return tiny("llama", rope_parameters=rope, max_position_embeddings=16), "past 16 tokens"
-
-
-@pytest.mark.parametrize("make", [recurrent, convolutional, with_dropout, bypassing, long_rope])
+@pytest.mark.parametrize("make", [recurrent, convolutional, with_dropout, bypassing])
 def test_fallback_runs_each_sequence_and_logs_once(make, caplog):
     tree_forward._log_once.cache_clear()
     model, reason = make()
@@ -256,7 +253,6 @@ def test_fallback_runs_each_sequence_and_logs_once(make, caplog):
     tree = PrefixTree.pack(sequences)
     with caplog.at_level(logging.WARNING, logger="mopd_kernels"):
         for _ in range(2):
-            torch.manual_seed(1)
             tree.forward(model)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("mopd_kernels")]
     assert len(lines) == 1
@@ -265,15 +261,34 @@ def test_fallback_runs_each_sequence_and_logs_once(make, caplog):
         check(model, sequences)
 
 
+@pytest.mark.parametrize(("kind", "lengths", "refused"), [
+    ("dynamic", (9, 14), False), ("dynamic", (9, 20), True), ("dynamic", (20, 20), False),
+    ("longrope", (9, 14), False), ("longrope", (9, 20), True), ("longrope", (19, 20), False),
+])
+def test_rotary_embeddings_that_depend_on_the_length(kind, lengths, refused):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 2.5, 3.0]}
+    model = tiny("llama", hidden_size=32, rope_parameters=rope, max_position_embeddings=16)
+    prompt, tail = group()[0][:8], torch.arange(3, 20)
+    sequences = [torch.cat([prompt, tail[i : i + n - 8]]) for i, n in enumerate(lengths)]
+    if refused:
+        message = f"{kind} .* past 16 tokens, got lengths from {min(lengths)} to {max(lengths)}"
+        with pytest.raises(ValueError, match=message):
+            PrefixTree.pack(sequences).forward(model)
+    else:
+        check(model, sequences)
+
+
 def test_misuse_is_named():
     model, tree = tiny("mistral"), PrefixTree.pack(group())
-    with pytest.raises(ValueError, match="expected kernel .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"expected kernel .* got 'fast'"):
         tree.forward(model, kernel="fast")
-    with pytest.raises(ValueError, match="longest path, 21, .* got window=6"):
+    with pytest.raises(ValueError, match=r"longest path, 21, .* got window=6"):
         tree.forward(model, kernel="reference")
-    with pytest.raises(ImportError, match="flash-attn >= 2.7"):
+    with pytest.raises(ImportError, match=r"flash-attn >= 2.7"):
         tree.forward(tiny("llama"), kernel="flash")
     assert model.config._attn_implementation != tree_attention.NAME
     model.config._attn_implementation_internal = tree_attention.NAME
-    with pytest.raises(ValueError, match="only runs inside PrefixTree.forward"):
+    with pytest.raises(ValueError, match=r"only runs inside PrefixTree.forward"):
         model(group()[0][None])
