@@ -2,6 +2,7 @@
 
 from .mixing import contrastive_hidden, trust_region_teacher
 from .ops import grouped_logprobs, linear_divergence, linear_logprobs
+from .prefix_tree import PrefixTree
 from .spec import Divergence, Execution, LMHead, LogProbs, VocabShard
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Execution",
     "LMHead",
     "LogProbs",
+    "PrefixTree",
     "VocabShard",
     "contrastive_hidden",
     "grouped_logprobs",

@@ -100,8 +100,10 @@ class PrefixTree:
         lengths = [len(sequences[index]) for index in order]
         longest = max(range(len(order)), key=lengths.__getitem__)
         if lengths[longest] > max_tokens:
-            raise ValueError(f"expected at most max_tokens={max_tokens} tokens in a sequence, "
-                             f"got {lengths[longest]} in sequence {order[longest]}")
+            raise ValueError(
+                f"expected at most max_tokens={max_tokens} tokens in a sequence, "
+                f"got {lengths[longest]} in sequence {order[longest]}"
+            )
         packs = []
         for first, last in _cheapest_cuts(lengths, shared, max_tokens):
             indices = sorted(order[first:last])
@@ -131,8 +133,9 @@ class PrefixTree:
         length = self.length(i)
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
-            raise ValueError(f"expected 0 <= start <= stop <= {length} for sequence {i}, "
-                             f"got start={start}, stop={stop}")
+            raise ValueError(
+                f"expected 0 <= start <= stop <= {length} for sequence {i}, got start={start}, stop={stop}"
+            )
         rows = torch.cat([torch.arange(a, b) for a, b in self.spans[i]])
         return rows[start:stop].to(self.ids.device)
 
@@ -197,8 +200,10 @@ def _sort(sequences: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         raise ValueError("expected at least one sequence, got none")
     for i, tokens in enumerate(sequences):
         if tokens.dim() != 1 or not len(tokens) or tokens.is_floating_point():
-            raise ValueError(f"expected sequence {i} to be a non-empty 1-D integer tensor, "
-                             f"got shape {tuple(tokens.shape)} and dtype {tokens.dtype}")
+            raise ValueError(
+                f"expected sequence {i} to be a non-empty 1-D integer tensor, "
+                f"got shape {tuple(tokens.shape)} and dtype {tokens.dtype}"
+            )
     local = [tokens.detach().cpu() for tokens in sequences]
     keys = [tuple(tokens.tolist()) for tokens in local]
     order = sorted(range(len(keys)), key=keys.__getitem__)

@@ -56,10 +56,12 @@ class TreePlan:
             blocks = []
             for run in self.tree.runs:
                 stop = run.depth + run.stop - run.start
-                blocks.append([
-                    (depth, min(CHUNK, stop - depth), max(0, depth - window + 1) if window else 0)
-                    for depth in range(run.depth, stop, CHUNK)
-                ])
+                blocks.append(
+                    [
+                        (depth, min(CHUNK, stop - depth), max(0, depth - window + 1) if window else 0)
+                        for depth in range(run.depth, stop, CHUNK)
+                    ]
+                )
             flat = [block for run_blocks in blocks for block in run_blocks]
             self.cache[key] = blocks, [rows for _, rows, _ in flat], _band_masks(flat, window, like)
         return self.cache[key]
@@ -208,11 +210,15 @@ def tree_attention(
     Returns (1, T, H, D) and no weights. ValueError for attention dropout and position biases.
     """
     if tree_plan is None or not isinstance(attention_mask, TreeMask):
-        raise ValueError(f"attention implementation {NAME!r} only runs inside PrefixTree.forward, "
-                         f"got tree_plan={type(tree_plan).__name__}, mask={type(attention_mask).__name__}")
+        raise ValueError(
+            f"attention implementation {NAME!r} only runs inside PrefixTree.forward, "
+            f"got tree_plan={type(tree_plan).__name__}, mask={type(attention_mask).__name__}"
+        )
     if dropout or kwargs.get("position_bias") is not None:
-        raise ValueError("a prefix tree needs attention dropout 0 and no position bias, "
-                         f"got dropout={dropout}, position_bias={kwargs.get('position_bias') is not None}")
+        raise ValueError(
+            "a prefix tree needs attention dropout 0 and no position bias, "
+            f"got dropout={dropout}, position_bias={kwargs.get('position_bias') is not None}"
+        )
     plan, window = tree_plan, attention_mask.window
     plan.calls += 1
     if window is not None and window >= plan.tree.max_length:

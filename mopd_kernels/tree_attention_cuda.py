@@ -141,8 +141,14 @@ class LevelAttention(torch.autograd.Function):
         for call in calls:
             rows, (k, v) = call.queries[0], (_rows(x, call.keys[0]) for x in (key, value))
             part, part_lse, _ = functions[0](
-                _rows(query, rows), k, v, *call.lengths,
-                softmax_scale=scale, causal=call.causal, softcap=softcap, return_attn_probs=True,
+                _rows(query, rows),
+                k,
+                v,
+                *call.lengths,
+                softmax_scale=scale,
+                causal=call.causal,
+                softcap=softcap,
+                return_attn_probs=True,
             )
             if rows is None:  # the first call, of every row
                 merged, lse = part.to(wide), part_lse
@@ -168,8 +174,20 @@ class LevelAttention(torch.autograd.Function):
             inputs = [_rows(x, rows) for x, rows in zip((query, key, value), index, strict=True)]
             parts = [torch.empty_like(x) for x in inputs]
             ctx.backward_function(
-                _rows(grad, index[0]), *inputs, _rows(out, index[0]), lse if index[0] is None else lse[:, index[0]],
-                *parts, *call.lengths, 0.0, ctx.scale, call.causal, -1, -1, ctx.softcap, None, False,
+                _rows(grad, index[0]),
+                *inputs,
+                _rows(out, index[0]),
+                lse if index[0] is None else lse[:, index[0]],
+                *parts,
+                *call.lengths,
+                0.0,
+                ctx.scale,
+                call.causal,
+                -1,
+                -1,
+                ctx.softcap,
+                None,
+                False,
             )
             for total, part, rows in zip(totals, parts, index, strict=True):
                 total.add_(part) if rows is None else total.index_add_(0, rows, part.to(wide))
@@ -194,9 +212,11 @@ def _level_kernel(
     sinks: Tensor | None,
 ) -> Tensor:  # (1, T, H, D)
     if window is not None or sinks is not None:
-        raise ValueError(f"kernel {plan.kernel!r} needs sliding windows no shorter than the longest path, "
-                         f"{plan.tree.max_length}, and no sinks, got window={window}, sinks={sinks is not None}: "
-                         "use kernel='flex' or 'sdpa'")
+        raise ValueError(
+            f"kernel {plan.kernel!r} needs sliding windows no shorter than the longest path, "
+            f"{plan.tree.max_length}, and no sinks, got window={window}, sinks={sinks is not None}: "
+            "use kernel='flex' or 'sdpa'"
+        )
     cache_key = ("levels", query.device)
     if cache_key not in plan.cache:
         plan.cache[cache_key] = level_calls(plan.tree, query.device)
@@ -209,8 +229,9 @@ def flash_kernel(*args: Any, **kwargs: Any) -> Tensor:
     try:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, flash_attn_varlen_func
     except ImportError as error:
-        raise ImportError("kernel='flash' needs flash-attn >= 2.7 (pip install flash-attn --no-build-isolation), "
-                          "or use kernel='flex'") from error
+        raise ImportError(
+            "kernel='flash' needs flash-attn >= 2.7 (pip install flash-attn --no-build-isolation), or use kernel='flex'"
+        ) from error
     return _level_kernel((flash_attn_varlen_func, _flash_attn_varlen_backward), *args, **kwargs)
 
 
@@ -253,10 +274,27 @@ def varlen_reference(
 
 
 def varlen_reference_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
-    softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int, softcap: float,
-    alibi_slopes: None, deterministic: bool,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: None,
+    deterministic: bool,
 ) -> None:
     """`_flash_attn_varlen_backward` in plain torch: fills dq, dk, dv from dout and *given* out and logsumexp.
 

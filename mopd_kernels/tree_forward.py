@@ -89,8 +89,10 @@ def _check_rope(config: Any, tree: PrefixTree) -> None:
         lengths = [tree.length(i) for i in range(len(tree.spans))]
         shortest, longest = min(lengths), max(lengths)
         if longest > limit and (shortest <= limit if kind == "longrope" else shortest != longest):
-            raise ValueError(f"{kind} rotary embeddings make prefixes depend on the sequence length past {limit} "
-                             f"tokens, got lengths from {shortest} to {longest}: run without a tree")
+            raise ValueError(
+                f"{kind} rotary embeddings make prefixes depend on the sequence length past {limit} "
+                f"tokens, got lengths from {shortest} to {longest}: run without a tree"
+            )
 
 
 @functools.cache

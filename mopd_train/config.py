@@ -118,7 +118,10 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     per_device_train_batch_size: int = 16
-    """Rollouts a forward and backward; all of a step's are accumulated into one optimizer step."""
+    """Rollouts a forward and backward; all of a step's are accumulated into one optimizer step. Multiples of
+    rollout.num_generations keep groups, and so shared prefixes, together."""
+    tree: bool = True
+    """Compute prefixes that rollouts of a group share once, in the teacher and in the student."""
     seed: int = 0
     """Seeds data order, sampling and peer choice."""
     save_steps: int = 50

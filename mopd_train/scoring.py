@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mopd_kernels import PrefixTree
+
 
 def right_padded(sequences: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, T) ids and mask."""
@@ -23,8 +25,14 @@ def completion_hidden(
     prompts: list[list[int]],
     completions: list[list[int]],
     pad_id: int,
-) -> Tensor:  # (N, H), sequence after sequence
-    """The states at positions prompt_length - 1 ... end - 1: each predicts one completion token."""
+    tree: bool,
+) -> tuple[Tensor, int]:  # (N, H), sequence after sequence; tokens computed
+    """The states at positions prompt_length - 1 ... end - 1: each predicts one completion token.
+
+    tree: prefixes that sequences share are computed once (PrefixTree); otherwise one padded batch.
+    """
+    if tree:
+        return _packed(model, prompts, completions)
     ids, mask = right_padded([p + c for p, c in zip(prompts, completions, strict=True)], pad_id, model.device)
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     rows = [
@@ -32,4 +40,13 @@ def completion_hidden(
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         for offset in range(len(completion))
     ]
-    return hidden.flatten(0, 1)[torch.tensor(rows, device=hidden.device)]
+    return hidden.flatten(0, 1)[torch.tensor(rows, device=hidden.device)], ids.numel()
+
+
+def _packed(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, int]:
+    pairs = list(zip(prompts, completions, strict=True))
+    packed = PrefixTree.pack([torch.tensor(p + c, device=model.device) for p, c in pairs])
+    hidden = packed.forward(model)
+    packed.release()
+    spans = [(i, len(p) - 1, len(p) + len(c) - 1) for i, (p, c) in enumerate(pairs)]
+    return packed.gather_many(spans, hidden=hidden), packed.unique_tokens

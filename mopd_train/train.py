@@ -192,12 +192,13 @@ def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[st
     if tokens == 0:
         return metrics | {"loss": 0.0, "grad_norm": 0.0}
     sums: dict[str, float] = defaultdict(float)
-    for batch in micro_batches(examples, settings.per_device_train_batch_size):
+    for batch in micro_batches(examples, settings.per_device_train_batch_size, settings.tree):
         with clock("teacher"):
-            teacher_hidden = hidden_states(run, run.teacher, batch, teacher=True)
+            teacher_hidden, teacher_tokens = hidden_states(run, run.teacher, batch, teacher=True)
         with clock("student"):
+            student_hidden, student_tokens = hidden_states(run, run.student, batch, teacher=False)
             token_batch = TokenBatch(
-                student_hidden=hidden_states(run, run.student, batch, teacher=False),
+                student_hidden=student_hidden,
                 student_head=LMHead.from_model(run.student),
                 teacher_hidden=teacher_hidden,
                 teacher_head=LMHead.from_model(run.teacher),
@@ -210,6 +211,10 @@ def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[st
         sums["loss"] += float(result.loss.detach())
         sums["entropy"] += float(result.student_entropy.sum()) / tokens
         sums["teacher_entropy"] += float(result.teacher_entropy.sum()) / tokens
+        sums["tokens/teacher_computed"] += teacher_tokens
+        sums["tokens/student_computed"] += student_tokens
+        sums["tokens/teacher_total"] += sum(len(e.teacher_prompt_ids) + len(e.rollout.token_ids) for e in batch)
+        sums["tokens/student_total"] += sum(len(e.prompt_ids) + len(e.rollout.token_ids) for e in batch)
         sums["top1_agreement"] += float(result.top1_agreement.sum()) / tokens
     with clock("optimizer"):
         norm = float(run.accelerator.clip_grad_norm_(run.student.parameters(), settings.max_grad_norm))
@@ -223,11 +228,11 @@ def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[st
     return metrics | sums | {"grad_norm": norm}
 
 
-def hidden_states(run: Run, model: PreTrainedModel, batch: list[Example], teacher: bool) -> torch.Tensor:
+def hidden_states(run: Run, model: PreTrainedModel, batch: list[Example], teacher: bool) -> tuple[torch.Tensor, int]:
     prompts = [example.teacher_prompt_ids if teacher else example.prompt_ids for example in batch]
     completions = [example.rollout.token_ids for example in batch]
     with torch.set_grad_enabled(not teacher):
-        return completion_hidden(model, prompts, completions, int(run.tokenizer.pad_token_id))
+        return completion_hidden(model, prompts, completions, int(run.tokenizer.pad_token_id), run.config.training.tree)
 
 
 def to_examples(groups: list[Group], contexts: list[list[TeacherPrompt | None]]) -> list[Example]:
@@ -240,9 +245,11 @@ def to_examples(groups: list[Group], contexts: list[list[TeacherPrompt | None]])
     ]
 
 
-def micro_batches(examples: list[Example], size: int) -> Iterator[list[Example]]:
-    """Examples of like length together: less padding."""
-    ordered = sorted(examples, key=lambda e: (len(e.teacher_prompt_ids), len(e.rollout.token_ids)))
+def micro_batches(examples: list[Example], size: int, tree: bool) -> Iterator[list[Example]]:
+    """For the tree groups stay together; padded batches take examples of like length."""
+    ordered = examples
+    if not tree:
+        ordered = sorted(examples, key=lambda e: (len(e.teacher_prompt_ids), len(e.rollout.token_ids)))
     for first in range(0, len(ordered), size):
         yield ordered[first : first + size]
 

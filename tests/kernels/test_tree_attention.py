@@ -16,8 +16,16 @@ from mopd_kernels.tree_attention_cuda import varlen_reference, varlen_reference_
 
 VOCAB = 50
 SMALL = dict(
-    vocab_size=VOCAB, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=VOCAB,
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 FULL = "full_attention"
 WINDOW = 6  # shorter than most paths below
@@ -31,8 +39,16 @@ FAMILIES = {
     "gemma3": ("Gemma3Text", dict(sliding_window=WINDOW, head_dim=8, layer_types=["sliding_attention"] * 2 + [FULL])),
     "phi": ("Phi", dict(hidden_size=32, partial_rotary_factor=0.5, resid_pdrop=0.0)),
     "phi3": ("Phi3", dict(sliding_window=WINDOW, resid_pdrop=0.0)),
-    "gpt_oss": ("GptOss", dict(sliding_window=WINDOW, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
-                               rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
+    "gpt_oss": (
+        "GptOss",
+        dict(
+            sliding_window=WINDOW,
+            head_dim=8,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
 }
 
 
@@ -261,10 +277,17 @@ def test_fallback_runs_each_sequence_and_logs_once(make, caplog):
         check(model, sequences)
 
 
-@pytest.mark.parametrize(("kind", "lengths", "refused"), [
-    ("dynamic", (9, 14), False), ("dynamic", (9, 20), True), ("dynamic", (20, 20), False),
-    ("longrope", (9, 14), False), ("longrope", (9, 20), True), ("longrope", (19, 20), False),
-])
+@pytest.mark.parametrize(
+    ("kind", "lengths", "refused"),
+    [
+        ("dynamic", (9, 14), False),
+        ("dynamic", (9, 20), True),
+        ("dynamic", (20, 20), False),
+        ("longrope", (9, 14), False),
+        ("longrope", (9, 20), True),
+        ("longrope", (19, 20), False),
+    ],
+)
 def test_rotary_embeddings_that_depend_on_the_length(kind, lengths, refused):
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
     if kind == "longrope":

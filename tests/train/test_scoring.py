@@ -31,16 +31,18 @@ def dense_logits(model):
     return torch.cat(rows)
 
 
-def test_states_predict_the_completion_tokens(model):
-    hidden = completion_hidden(model, PROMPTS, COMPLETIONS, pad_id=2)
+@pytest.mark.parametrize("tree", [True, False])
+def test_states_predict_the_completion_tokens(model, tree):
+    hidden, computed = completion_hidden(model, PROMPTS, COMPLETIONS, pad_id=2, tree=tree)
+    assert computed == (15 if tree else 18)  # the first token is shared; or padding to six
     torch.testing.assert_close(hidden @ model.lm_head.weight.T, dense_logits(model), rtol=1e-4, atol=1e-5)
 
 
-def batch_of(model, teacher, normalizer=7.0):
+def batch_of(model, teacher, normalizer=7.0, tree=True):
     return TokenBatch(
-        student_hidden=completion_hidden(model, PROMPTS, COMPLETIONS, pad_id=2),
+        student_hidden=completion_hidden(model, PROMPTS, COMPLETIONS, pad_id=2, tree=tree)[0],
         student_head=LMHead.from_model(model),
-        teacher_hidden=completion_hidden(teacher, PROMPTS, COMPLETIONS, pad_id=2).detach(),
+        teacher_hidden=completion_hidden(teacher, PROMPTS, COMPLETIONS, pad_id=2, tree=tree)[0].detach(),
         teacher_head=LMHead.from_model(teacher),
         labels=torch.tensor([t for c in COMPLETIONS for t in c]),
         normalizer=normalizer,
@@ -53,8 +55,9 @@ def test_teacher_equal_to_student_gives_loss_zero(model):
     assert result.top1_agreement.eq(1).all()
 
 
+@pytest.mark.parametrize("tree", [True, False])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_loss_and_gradients_equal_the_dense_model(tiny_model, model, alpha):
+def test_loss_and_gradients_equal_the_dense_model(tiny_model, model, alpha, tree):
     """Through the tied embedding as well, which gets gradients from both ends of the model."""
     teacher = load_model(str(tiny_model))
     with torch.no_grad():
@@ -63,7 +66,7 @@ def test_loss_and_gradients_equal_the_dense_model(tiny_model, model, alpha):
     config = Config()
     config.distillation.alpha = alpha
     config.rollout.temperature = 0.7
-    METHODS["mopd"](batch_of(model, teacher), config).loss.backward()
+    METHODS["mopd"](batch_of(model, teacher, tree=tree), config).loss.backward()
     fused = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     with torch.no_grad():
