@@ -12,8 +12,6 @@ Terms with zero probability are 0: the product is guarded, not the logits.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,9 +24,16 @@ def expected(log_weight: Tensor, value: Tensor) -> Tensor:
     return weight * torch.where(weight > 0, value, 0.0)
 
 
-def log_mixture(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
-    """log M = log((1 - alpha) q + alpha p)"""
-    return torch.logaddexp(log_q + math.log1p(-alpha), log_p + math.log(alpha))
+def mixture_ratios(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """log(q / M) and log(p / M), M = (1 - alpha) q + alpha p, exactly 0 where q = p.
+
+    With d = log p - log q:  log(q / M) = -log1p(alpha expm1(d)),  log(p / M) = -log1p((1 - alpha) expm1(-d));
+    the one with the negative exponent is computed, the other differs from it by d.
+    """
+    d = log_p - log_q
+    share = torch.where(d <= 0, d.new_full((), alpha), d.new_full((), 1 - alpha))
+    smaller = -torch.log1p(share * torch.expm1(-d.abs()))
+    return smaller - d.clamp(min=0), smaller - (-d).clamp(min=0)
 
 
 def dense_divergence(
@@ -52,8 +57,8 @@ def of_logprobs(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
 
 def kl_to_mixture(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(q||M) and KL(p||M), summed over the columns at hand: partial sums of a split vocabulary add up."""
-    log_m = log_mixture(log_q, log_p, alpha)
-    return expected(log_q, log_q - log_m).sum(-1), expected(log_p, log_p - log_m).sum(-1)
+    student, teacher = mixture_ratios(log_q, log_p, alpha)
+    return expected(log_q, student).sum(-1), expected(log_p, teacher).sum(-1)
 
 
 def grad_of_logprobs(
@@ -70,7 +75,7 @@ def grad_of_logprobs(
         return log_q.exp() - log_p.exp()
     if alpha == 1:
         return expected(log_q, log_q - log_p - student_kl[:, None])
-    ratio = log_q - log_mixture(log_q, log_p, alpha)
+    ratio = mixture_ratios(log_q, log_p, alpha)[0]
     return expected(log_q, ratio - student_kl[:, None]).mul_(1 - alpha)
 
 
