@@ -22,7 +22,7 @@ from .prefix_tree import PrefixTree
 
 NAME = "mopd_tree"
 # Query rows per masked SDPA call. Bounds the mask at CHUNK x (depth + CHUNK) and the waste above the diagonal.
-CHUNK = 128
+CHUNK = 64
 
 
 class TreePlan:

@@ -20,6 +20,9 @@ from .tree_attention import KERNELS, NAME, TreePlan, tree_attention, tree_mask
 
 logger = logging.getLogger(__name__)
 
+# Rows an MLP sees at a time: activations of a few MB, still long enough for full-speed matrix products.
+MLP_ROWS = 512
+
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The trunk that turns token ids into hidden states, without the lm_head; adapters stay inside it."""
@@ -38,7 +41,7 @@ def forward_tree(model: nn.Module, tree: PrefixTree, *, kernel: str = "auto") ->
     reason = why_not(trunk, tree)
     if reason is None:
         plan = TreePlan(tree, kernel)
-        with _tree_implementation(trunk):
+        with _tree_implementation(trunk), _sliced_mlps(trunk, device):
             hidden = trunk(
                 input_ids=tree.ids[None].to(device),
                 position_ids=tree.positions[None].to(device),
@@ -125,6 +128,38 @@ def _register() -> None:
 
     AttentionInterface.register(NAME, tree_attention)
     AttentionMaskInterface.register(NAME, tree_mask)
+
+
+@contextmanager
+def _sliced_mlps(trunk: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within, on CPU and without gradients, modules named `mlp` see MLP_ROWS rows at a time.
+
+    One long packed sequence would otherwise stream activations of T x intermediate size through memory, where
+    batches of a few short sequences stay in cache; this also lowers peak memory. MLPs act on each row alone.
+    """
+    mlps = []
+    if device.type == "cpu" and not torch.is_grad_enabled():
+        mlps = [m for name, m in trunk.named_modules() if name.endswith(".mlp") and "forward" not in vars(m)]
+
+    def sliced(forward: Callable) -> Callable:
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if hidden.dim() != 3 or hidden.shape[1] <= MLP_ROWS or args or kwargs:
+                return forward(hidden, *args, **kwargs)
+            first, *rest = hidden.split(MLP_ROWS, dim=1)
+            part = forward(first)
+            if not isinstance(part, Tensor):  # experts that also return their routing: whole, as they expect
+                return forward(hidden)
+            return torch.cat([part, *(forward(rows) for rows in rest)], dim=1)
+
+        return run
+
+    for module in mlps:
+        module.forward = sliced(module.forward)
+    try:
+        yield
+    finally:
+        for module in mlps:
+            del module.forward
 
 
 @contextmanager

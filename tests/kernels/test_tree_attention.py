@@ -139,6 +139,23 @@ def test_chunks_of_queries_change_nothing(family, chunk, monkeypatch):
     check(tiny(family), group())
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_oss"])
+@torch.no_grad()
+def test_slices_of_mlp_rows_change_nothing(family, monkeypatch):
+    monkeypatch.setattr(tree_forward, "MLP_ROWS", 4)
+    model, seen = tiny(family), []
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    linear = next((m for m in mlp.modules() if isinstance(m, torch.nn.Linear)), None)
+    if linear is not None:
+        linear.register_forward_pre_hook(lambda module, inputs: seen.append(-inputs[0].shape[1]))
+    check(model, group(), backward=False)
+    rows = PrefixTree.pack(group()).unique_tokens
+    assert rows in seen
+    assert linear is None or seen[seen.index(rows) + 1] == -4
+    assert "forward" not in vars(mlp)
+
+
 token_lists = st.lists(st.lists(st.integers(3, 4), min_size=1, max_size=12), min_size=1, max_size=7)
 cached = functools.cache(tiny)
 UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
