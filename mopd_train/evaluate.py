@@ -16,7 +16,8 @@ from .config import Config, validate
 from .data import build_prompts, split_rows
 from .files import write_json, write_jsonl
 from .models import load_model, load_tokenizer, stop_token_ids
-from .rollout import Group, Prompt, Sampling, generate
+from .rollout import Group, Prompt, generate
+from .sampler import Sampling
 from .tasks import Task, find_task
 from .verify import judge
 

@@ -35,8 +35,9 @@ from .evaluate import Scores, completion_record, evaluate
 from .files import read_json, read_jsonl, write_json, write_jsonl
 from .models import load_model, load_tokenizer, stop_token_ids
 from .objectives import METHODS, TokenBatch
-from .rollout import Group, Prompt, Rollout, Sampling, generate
+from .rollout import Group, Prompt, Rollout, generate
 from .rundir import METRICS, MetricsFile, claim
+from .sampler import Sampling
 from .scoring import completion_hidden
 from .tasks import Task, find_task
 from .teacher import build_teacher, update_ema
