@@ -40,10 +40,10 @@ def test_the_first_two_tokens_follow_the_model(temperature):
     shape = {"vocab_size": keep, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     small = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, initializer_range=0.4)).eval()
     drawn = sample(small, [[1, 5, 6]], Sampling(count, 2, temperature, 1.0, count), [99], pad_id=2, seed=3)[0]
-    first = small(torch.tensor([[1, 5, 6]])).logits[0, -1].div(temperature).softmax(-1)
+    first = chances(small, [1, 5, 6], temperature)
     observed, expected = [], []
     for a in range(keep):
-        second = small(torch.tensor([[1, 5, 6, a]])).logits[0, -1].div(temperature).softmax(-1)
+        second = chances(small, [1, 5, 6, a], temperature)
         for b in range(keep):
             observed.append(sum(pair == [a, b] for pair in drawn))
             expected.append(float(first[a] * second[b]) * count)
@@ -51,6 +51,11 @@ def test_the_first_two_tokens_follow_the_model(temperature):
     cells = sum(e > 5 for e in expected)
     assert cells >= 20
     assert statistic < cells + 5 * (2 * cells) ** 0.5
+
+
+def chances(model, ids, temperature):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1].div(temperature).softmax(-1)
 
 
 def test_batches_and_seeds(model):
