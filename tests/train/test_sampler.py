@@ -49,7 +49,7 @@ def test_the_first_two_tokens_follow_the_model(temperature):
             expected.append(float(first[a] * second[b]) * count)
     statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True) if e > 5)
     cells = sum(e > 5 for e in expected)
-    assert cells >= 20
+    assert cells >= 12
     assert statistic < cells + 5 * (2 * cells) ** 0.5
 
 
