@@ -301,3 +301,6 @@ def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, columns = z.new_empty(z.size(0), k), torch.empty(z.size(0), k, dtype=torch.int64)
     library().mopd_topk(_run(z), _plane(z), k, values.data_ptr(), columns.data_ptr())
     return values, columns
+
+
+library()  # importing the backend says whether it is built
