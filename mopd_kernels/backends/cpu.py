@@ -147,9 +147,10 @@ def _label_logits(z: Tensor, labels: Tensor | None, start: int) -> Tensor:
 def _side(lines: Tensor, z: Tensor, labels: Tensor | None, start: int) -> SideStats:
     """From (4, C) of mopd_side_stats."""
     maximum, sumexp, moment, row = lines
+    label = _label_logits(z, labels, start)
     if z.size(1) == 0:
-        maximum = torch.full_like(maximum, MINUS_INFINITY)
-    return SideStats(maximum, sumexp, moment, _label_logits(z, labels, start), row + start)
+        return SideStats(torch.full_like(maximum, MINUS_INFINITY), sumexp, moment, label, row)
+    return SideStats(maximum, sumexp, moment, label, row + start)
 
 
 def side_stats(z: Tensor, labels: Tensor | None, start: int) -> SideStats:
