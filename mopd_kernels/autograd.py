@@ -43,17 +43,21 @@ def _setup_with_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _backward_with_grads(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """In place: a second gradient-sized buffer would cost as much as the parameter. The factor stays in float32:
-    as a 0-dim tensor it does not widen the product."""
     if getattr(ctx, "spent", False):
         raise RuntimeError('a second backward through linear_divergence needs Execution(save="statistics")')
     ctx.spent = True
     with torch.no_grad():
         scaled = [
-            saved.mul_(grad_loss).to(dtype) if wanted else None
+            _scaled(saved, grad_loss).to(dtype) if wanted else None
             for saved, wanted, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
         ]
     return (*_first_order(scaled, "linear_divergence"), *[None] * (ctx.count - 3))
+
+
+def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """In place: a second gradient-sized buffer would cost as much as the parameter. A compiler's tracing tensors
+    are subclasses; it plans the memory itself. The factor stays in float32: a 0-dim tensor does not widen."""
+    return saved.mul_(factor) if type(saved) is Tensor else saved * factor
 
 
 def _setup_recompute(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:

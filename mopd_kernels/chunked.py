@@ -155,14 +155,15 @@ def divergence_backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients from saved row statistics: logits are computed anew, statistics are not. With top-k the
-    teacher's logits are not needed."""
+    teacher's logits are not needed, without its tail the student's neither."""
     hidden, kept = problem.student_hidden, problem.kept
     problem = replace(problem, kept=kept[coefficient[kept] != 0])
     gradients = Gradients.zeros(hidden, problem.student, needs)
     buffers = problem.buffers(1 if problem.top_k else problem.buffer_count)
     for index in chunks(problem.kept, problem.chunk):
-        chunk = saved.at(index)
-        z_s = buffers.project(0, problem.student, hidden[index])
+        chunk, z_s = saved.at(index), buffers.logits[0][: index.numel()]
+        if not problem.top_k or problem.add_tail:
+            buffers.project(0, problem.student, hidden[index])
         z_t = z_s if problem.top_k else _teacher_logits(problem, buffers, index, chunk.context_lse)[0]
         _add_gradients(problem, gradients, buffers, index, chunk, coefficient[index], z_s, z_t)
     problem.ranks.reduce(gradients.hidden)
@@ -311,53 +312,3 @@ def _scatter_(ranks: Ranks, z: Tensor, columns: Tensor, values: Tensor) -> None:
         return
     row, place = ((columns >= 0) & (columns < z.size(1))).nonzero(as_tuple=True)
     z[row, columns[row, place]] = values[row, place]
-
-
-@dataclass(frozen=True)
-class LogprobProblem:
-    """One call of `linear_logprobs` after all checks."""
-
-    hidden: Tensor  # (N, H)
-    head: Projection
-    labels: Tensor  # (N,)
-    kept: Tensor  # (M,)
-    backend: ModuleType
-    ranks: Ranks
-    chunk: int
-
-    def buffers(self) -> Buffers:
-        column_major = getattr(self.backend, "COLUMN_MAJOR", False)
-        return Buffers(self.chunk, self.head.weight.size(0), self.hidden, 1, column_major)
-
-
-def logprobs_forward(problem: LogprobProblem) -> Tensor:
-    """(3, N): log-prob of the label, entropy and logsumexp of each kept token."""
-    dtype = accumulation_dtype(problem.hidden.dtype)
-    result = problem.hidden.new_zeros(3, problem.hidden.size(0), dtype=dtype)
-    buffers = problem.buffers()
-    for index in chunks(problem.kept, problem.chunk):
-        z = buffers.project(0, problem.head, problem.hidden[index])
-        side = problem.ranks.side(problem.backend.side_stats(z, problem.labels[index], problem.head.start))
-        lse = side.logsumexp
-        result[:, index] = torch.stack([side.label - lse, side.entropy, lse])
-    return result
-
-
-def logprobs_backward(
-    problem: LogprobProblem,
-    result: Tensor,  # (3, N) of the forward
-    grads: Tensor,  # (3, N)
-    needs: Needs,
-) -> Gradients:
-    gradients = Gradients.zeros(problem.hidden, problem.head, needs)
-    buffers = problem.buffers()
-    for index in chunks(problem.kept, problem.chunk):
-        hidden = problem.hidden[index]
-        z = buffers.project(0, problem.head, hidden)
-        upstream = tuple(grads[:, index])
-        _, entropy, lse = result[:, index]
-        cap, start = problem.head.cap, problem.head.start
-        problem.backend.logprob_grad_(z, lse, entropy, problem.labels[index], start, upstream, cap)
-        gradients.add(index, z, hidden, problem.head, buffers)
-    problem.ranks.reduce(gradients.hidden)
-    return gradients

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
-from . import backends, chunked
+from . import backends, chunked, chunked_logprobs
 from .checks import kept_mask
-from .chunked import DivergenceProblem, DivergenceRows, LogprobProblem, Saved
+from .chunked import DivergenceProblem, DivergenceRows, Saved
+from .chunked_logprobs import LogprobProblem
 from .projection import Gradients, Needs, Projection
 from .spec import accumulation_dtype
 from .vocab_parallel import Part, Ranks
@@ -120,14 +121,14 @@ def divergence_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 @_operator("logprobs", LogprobArguments, returns=1)
 def logprobs(*arguments: Any) -> Tensor:
     """(3, N): log-prob of the label, entropy, logsumexp."""
-    return chunked.logprobs_forward(_logprob_problem(LogprobArguments(*arguments)))
+    return chunked_logprobs.logprobs_forward(_logprob_problem(LogprobArguments(*arguments)))
 
 
 @_operator("logprobs_backward", LogprobArguments, returns=3, extra="grads result")
 def logprobs_backward(grads: Tensor, result: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """dH, dW, db of sum(grads * result)."""
     a = LogprobArguments(*arguments)
-    gradients = chunked.logprobs_backward(_logprob_problem(a, agree=False), result, grads, _triple(a.needs))
+    gradients = chunked_logprobs.logprobs_backward(_logprob_problem(a, agree=False), result, grads, _triple(a.needs))
     return _as_parameters(gradients, *a[:2])
 
 

@@ -213,7 +213,7 @@ def _together(checked: Callable[[], Arguments], head: LMHead) -> Arguments:
         return checked()
     except (TypeError, ValueError):
         if head.shard is not None:
-            vocab_parallel.Ranks.named(_group(head)).refuse(head.weight.device)
+            vocab_parallel.refuse(head.shard.group, head.weight.device)
         raise
 
 

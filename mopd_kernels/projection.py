@@ -114,7 +114,7 @@ class Gradients:
         if self.weight is not None:
             self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), alpha=slope)
         if self.hidden is not None:
-            self.hidden[rows] = (buffers.lowered(grad) @ projection.weight).mul_(slope)
+            self.hidden[rows] = torch.mm(buffers.lowered(grad), projection.weight).mul_(slope)
 
     def add_kept(self, rows: Tensor, kept: Any, hidden: Tensor, projection: Projection) -> None:
         """`add` of a gradient that a backend returned as its kept entries."""

@@ -76,15 +76,10 @@ class Ranks:
         _check_tiling([Part(*map(int, numbers[1:5])) for numbers in said])
         return min(int(numbers[4]) for numbers in said)
 
-    def refuse(self, device: torch.device) -> None:
-        """Take part in the others' handshake, so that they raise with this rank instead of waiting for it."""
-        if self.group is not None:
-            self._gather(torch.zeros(WIDTH, dtype=torch.float64, device=device))
-
     def _gather(self, part: Tensor) -> Tensor:
         """(P, ...) of every rank's `part`."""
         parts = part.new_empty(self.size, *part.shape)
-        dist.all_gather_into_tensor(parts.view(-1), part.contiguous().view(-1), group=self.group)
+        dist.all_gather(list(parts.unbind(0)), part.contiguous(), group=self.group)
         return parts
 
     def pair(self, stats: PairStats, alpha: float) -> PairStats:
@@ -139,6 +134,12 @@ def group_name(group: dist.ProcessGroup | None) -> str:
     if group is None and not dist.is_initialized():
         raise ValueError("VocabShard(group=None) means the default process group: call init_process_group first")
     return str((group or dist.distributed_c10d._get_default_group()).group_name)
+
+
+def refuse(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Take part in the others' handshake, so that they raise with this rank instead of waiting for it."""
+    if group is not None or dist.is_initialized():
+        Ranks.named(group_name(group))._gather(torch.zeros(WIDTH, dtype=torch.float64, device=device))
 
 
 def _check_tiling(parts: list[Part]) -> None:
