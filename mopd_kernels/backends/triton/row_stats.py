@@ -73,11 +73,13 @@ def _row_stats_kernel(
     parts += tl.program_id(1) * fields * rows + row
     m_s, s_s, mom_s, arg_s, lanes_s = fold(m_s, s_s, mom_s, arg_s, 0)
     label_s = tl.load(z_s + label, mask=owned, other=float("-inf")).to(dtype)
-    _store_side(parts, rows, m_s, s_s, mom_s, label_s, arg_s + start)
+    store_side(parts, rows, m_s, s_s, mom_s, arg_s + start)
+    tl.store(parts + 3 * rows, label_s)
     if PAIR:
         m_t, s_t, mom_t, arg_t, lanes_t = fold(m_t, s_t, mom_t, arg_t, 0)
         label_t = tl.load(z_t + label, mask=owned, other=float("-inf")).to(dtype)
-        _store_side(parts + 5 * rows, rows, m_t, s_t, mom_t, label_t, arg_t + start)
+        store_side(parts + 5 * rows, rows, m_t, s_t, mom_t, arg_t + start)
+        tl.store(parts + 8 * rows, label_t)
         if KIND == REVERSE_KL:
             tl.store(parts + 10 * rows, tl.sum(guarded(lanes_s, cross), 0))
         elif KIND == FORWARD_KL:
@@ -85,11 +87,11 @@ def _row_stats_kernel(
 
 
 @triton.jit
-def _store_side(out, rows, maximum, sumexp, moment, label, argmax, mask=None):
+def store_side(out, rows, maximum, sumexp, moment, argmax, mask=None):
+    """The fields of SideStats in their order, but for the label (3)."""
     tl.store(out, maximum, mask)
     tl.store(out + rows, sumexp, mask)
     tl.store(out + 2 * rows, moment, mask)
-    tl.store(out + 3 * rows, label, mask)
     tl.store(out + 4 * rows, argmax.to(out.dtype.element_ty), mask)
 
 
@@ -140,12 +142,14 @@ def _merge_kernel(
     by_student: tl.constexpr = PAIR and KIND == REVERSE_KL
     by_teacher: tl.constexpr = PAIR and KIND == FORWARD_KL
     m, s, moment, label, argmax, cross = _merge_side(parts, row, mask, rows, count, fields, 0, by_student)
-    _store_side(out + row, rows, m, s, moment, label, argmax, mask)
+    store_side(out + row, rows, m, s, moment, argmax, mask)
+    tl.store(out + 3 * rows + row, label, mask)
     if by_student:
         tl.store(out + 10 * rows + row, cross, mask)
     if PAIR:
         m, s, moment, label, argmax, cross = _merge_side(parts, row, mask, rows, count, fields, 5, by_teacher)
-        _store_side(out + 5 * rows + row, rows, m, s, moment, label, argmax, mask)
+        store_side(out + 5 * rows + row, rows, m, s, moment, argmax, mask)
+        tl.store(out + 8 * rows + row, label, mask)
         if by_teacher:
             tl.store(out + 10 * rows + row, cross, mask)
 
