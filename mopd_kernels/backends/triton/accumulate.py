@@ -123,7 +123,8 @@ def accumulate(
     order = counts = out
     if activity is not None:
         activity = activity.at_least(tile.m, tile.k)
-        order = activity.flags.to(torch.int8).argsort(stable=True, dim=1, descending=True).to(torch.int32)
+        flags = activity.flags.to(torch.int8).contiguous()  # argsort keeps strides, the kernel reads rows
+        order = flags.argsort(stable=True, dim=1, descending=True).to(torch.int32)
         counts = activity.flags.sum(1, dtype=torch.int32)
     _accumulate_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n),)](
         operand(a, *((tile.k, tile.m) if transposed else (tile.m, tile.k)), tma),

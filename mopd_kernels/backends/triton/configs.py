@@ -27,6 +27,11 @@ ROWS = {
     "interpreter": Rows(block=256, warps=1, least=256),
 }
 
+# Sorting networks are unrolled: the block decides how long the code and its compilation are.
+TOPK = {arch: Rows(block=512, warps=4, least=0) for arch in ARCHITECTURES} | {
+    "interpreter": Rows(block=256, warps=1, least=0)
+}
+
 
 class Tile(NamedTuple):
     """A product of (m, k) and (n, k) blocks.
