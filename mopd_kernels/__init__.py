@@ -1,6 +1,6 @@
 """Fused teacher-student losses and log-probs over large vocabularies: hidden states in, logits never whole."""
 
-from .ops import linear_divergence, linear_logprobs
+from .ops import grouped_logprobs, linear_divergence, linear_logprobs
 from .spec import Divergence, Execution, LMHead, LogProbs, VocabShard
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "LMHead",
     "LogProbs",
     "VocabShard",
+    "grouped_logprobs",
     "linear_divergence",
     "linear_logprobs",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import LMHead
+from .spec import Execution, LMHead
 
 IGNORE_INDEX = -100
 PADDING_ROWS = 1024  # vocabularies that differ by no more are taken for padded copies of one another
@@ -24,14 +24,28 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"expected {name} in {allowed}, got {value!r}")
 
 
-def alpha(alpha: float) -> None:
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"expected alpha in [0, 1] (0 forward KL, 1 reverse KL), got {alpha}")
+def between(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"expected {name} in [0, 1] (0 forward KL, 1 reverse KL), got {value}")
 
 
-def temperature(name: str, value: float) -> None:
+def positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"expected {name} > 0, got {value}")
+
+
+def top_k(value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"expected top_k >= 1, or None for the full vocabulary, got {value}")
+
+
+def save(execution: Execution, reduction: str) -> str:
+    """Execution.save with "auto" resolved."""
+    if execution.save == "auto":
+        return "statistics" if reduction == "none" else "gradients"
+    if reduction == "none" and execution.save == "gradients":
+        raise ValueError('Execution.save="gradients" needs a scalar loss, got reduction="none": use "statistics"')
+    return execution.save
 
 
 def hidden(name: str, hidden: Tensor, head: LMHead) -> None:
@@ -51,13 +65,17 @@ def flat(name: str, values: Tensor | None, batch: torch.Size) -> Tensor | None:
     return None if values is None else values.flatten()
 
 
+def token_weights(weights: Tensor | None) -> None:
+    if weights is not None and weights.requires_grad:
+        raise ValueError('token_weights are constants here: detach them, or weight the result of reduction="none"')
+
+
 def labels(labels: Tensor | None, vocabulary: int) -> None:
-    """Reads the labels on CPU only: on an accelerator that would wait for the device."""
     if labels is None:
         return
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"expected integer labels, got {labels.dtype}")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+    if not _readable(labels):
         return
     low, high = int(labels.min()), int(labels.max())
     if high >= vocabulary or (low < 0 and bool(((labels < 0) & (labels != IGNORE_INDEX)).any())):
@@ -66,15 +84,82 @@ def labels(labels: Tensor | None, vocabulary: int) -> None:
         )
 
 
+def contexts(
+    teacher_hidden: Tensor,  # (..., Ht) or (K, ..., Ht)
+    weights: Tensor | None,  # (K,) or (K, ...)
+    batch: torch.Size,
+) -> tuple[Tensor, Tensor | None]:
+    """Teacher inputs (K, N, Ht), and weights (K, N) that sum to 1 over K, or None where K = 1."""
+    if teacher_hidden.shape[:-1] == batch:
+        if weights is not None:
+            raise ValueError(
+                f"context_weights need teacher_hidden (K, {', '.join(map(str, batch))}, Ht), "
+                f"got {tuple(teacher_hidden.shape)}"
+            )
+        return teacher_hidden.flatten(0, -2)[None], None
+    if teacher_hidden.shape[1:-1] != batch:
+        raise ValueError(
+            f"expected teacher_hidden of the student's tokens {tuple(batch)}, or (K, *) of them, "
+            f"got {tuple(teacher_hidden.shape[:-1])}"
+        )
+    count = teacher_hidden.size(0)
+    if count == 0:
+        raise ValueError("expected at least one context, got teacher_hidden of shape (0, ...)")
+    flat_hidden = teacher_hidden.flatten(1, -2)
+    if weights is None:
+        tokens = flat_hidden.size(1)
+        return flat_hidden, None if count == 1 else teacher_hidden.new_full((count, tokens), 1 / count).double()
+    return flat_hidden, _context_weights(weights, count, batch)
+
+
+def _context_weights(weights: Tensor, count: int, batch: torch.Size) -> Tensor | None:
+    if weights.shape not in ((count,), (count, *batch)):
+        raise ValueError(
+            f"expected context_weights of shape ({count},) or {(count, *batch)}, got {tuple(weights.shape)}"
+        )
+    if weights.requires_grad:
+        raise ValueError("context_weights are constants here: detach them")
+    if _readable(weights) and not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError(f"expected context_weights >= 0 and finite, got a minimum of {float(weights.min())}")
+    if count == 1:
+        return None
+    weights = weights.reshape(count, -1).expand(count, batch.numel()).double()
+    return weights / weights.sum(0)
+
+
+def _readable(values: Tensor) -> bool:
+    """Values are looked at on CPU only: on an accelerator that would wait for the device."""
+    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def common_vocabulary(student: LMHead, teacher: LMHead) -> int:
     """Rows that both sides have; the rest is padding and counts as -inf on both."""
     sizes = [head.vocab_size or head.weight.size(0) for head in (student, teacher)]
-    if abs(sizes[0] - sizes[1]) > PADDING_ROWS and student.vocab_size is None and teacher.vocab_size is None:
+    if student.shard is not None or teacher.shard is not None:
+        _same_shard(student, teacher, min(sizes))
+    elif abs(sizes[0] - sizes[1]) > PADDING_ROWS and student.vocab_size is None and teacher.vocab_size is None:
         raise ValueError(
             f"student head has {sizes[0]} rows and teacher head {sizes[1]}: too far apart to be padding; "
             "if both use one tokenizer, pass LMHead(vocab_size=...) of it"
         )
     return min(sizes)
+
+
+def _same_shard(student: LMHead, teacher: LMHead, vocabulary: int) -> None:
+    if student.shard is None or teacher.shard is None or student.shard.group is not teacher.shard.group:
+        raise ValueError(
+            f"expected student and teacher head split over one process group, got {student.shard} and {teacher.shard}"
+        )
+    held = [
+        (head.shard.start, min(vocabulary, head.shard.start + head.weight.size(0)))
+        for head in (student, teacher)
+        if head.shard is not None
+    ]
+    if held[0] != held[1] and any(start < stop for start, stop in held):
+        raise ValueError(
+            f"expected both heads to hold the same rows of the {vocabulary} of the vocabulary, got student "
+            f"{held[0]} and teacher {held[1]}; pad or split one of them like the other"
+        )
 
 
 def needs_grad(hidden: Tensor, head: LMHead) -> list[bool]:

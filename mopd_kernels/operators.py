@@ -1,181 +1,211 @@
 """torch custom operators with fake implementations and autograd formulas.
 
-Two serve `linear_divergence`: `mopd::divergence_with_grads` computes the loss and its gradients together
-(4 products), `mopd::divergence` computes values and leaves a few floats per token, from which its backward
-recomputes (2 + 4 products). They take plain tensors and numbers, so that torch.compile can carry them:
+`mopd::divergence_with_grads` computes the loss and its gradients together (4 products); `mopd::divergence` and
+`mopd::logprobs` compute values and leave a few floats per token, from which their backward recomputes. They take
+plain tensors and numbers, so that torch.compile can carry them. Each operator's arguments are one NamedTuple,
+from which its schema is read. Gradients come back as dH, dW, db; an unwanted one costs no product and is empty.
 
-    *_logits   [softcap or 0, scale, temperature] of a head
-    vocabulary rows used of both heads; the rest is padding
-    backend    "" chooses by device;  chunk_tokens, memory_budget: 0 is "not given"
-    needs      which of dH, dW, db are wanted; an unwanted one costs no product and comes back empty
+Legend: N tokens, V vocabulary rows of the parameter, H hidden, K contexts, R = len(DivergenceRows._fields).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
-from . import backends, chunked
+from . import backends, chunked, chunked_logprobs
 from .checks import kept_mask
-from .chunked import DivergenceProblem, DivergenceRows, Gradients, LogprobProblem, Projection
+from .chunked import DivergenceProblem, DivergenceRows, Saved
+from .chunked_logprobs import LogprobProblem
+from .projection import Gradients, Needs, Projection
 from .spec import accumulation_dtype
+from .vocab_parallel import Part, Ranks
 
 
-@custom_op("mopd::divergence_with_grads", mutates_args=())
-def divergence_with_grads(
-    student_hidden: Tensor,  # (N, Hs)
-    student_weight: Tensor,  # (Vs, Hs)
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,  # (N, Ht)
-    teacher_weight: Tensor,  # (Vt, Ht)
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,  # (N,)
-    token_weights: Tensor | None,  # (N,)
-    student_logits: list[float],
-    teacher_logits: list[float],
-    vocabulary: int,
-    alpha: float,
-    backend: str,
-    chunk_tokens: int,
-    memory_budget: int,
-    grad_filter: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss = sum_i w_i d_i, stacked DivergenceRows (9, N), dH, dW, db of the loss."""
-    problem = _divergence_problem(**locals())
-    weights = _weights(token_weights, student_hidden)
-    rows, gradients = chunked.divergence_forward(problem, weights, _triple(needs))
-    loss = (rows[0] * weights).sum()
-    return loss, rows, *_padded(gradients, student_hidden, student_weight, student_bias)
+class DivergenceArguments(NamedTuple):
+    """One call of `linear_divergence`. The tensors with gradients come first, see `_gradients_of`."""
+
+    student_hidden: Tensor  # (N, Hs)
+    student_weight: Tensor  # (Vs, Hs)
+    student_bias: Tensor | None  # (Vs,)
+    teacher_hidden: Tensor  # (K, N, Ht)
+    teacher_weight: Tensor  # (Vt, Ht)
+    teacher_bias: Tensor | None  # (Vt,)
+    labels: Tensor | None  # (N,)
+    token_weights: Tensor | None  # (N,)
+    context_weights: Tensor | None  # (K, N), sums to 1 over K; None for K = 1
+    student_logits: list[float]  # softcap or 0, scale, temperature
+    teacher_logits: list[float]
+    vocabulary: int  # rows that count, of all ranks; the rest of both heads is padding
+    start: int  # vocabulary index of row 0 of the weights
+    group: str  # name of the process group that shares the vocabulary, or ""
+    alpha: float
+    top_k: int  # 0: full vocabulary
+    add_tail: bool
+    backend: str  # "": by device
+    chunk_tokens: int  # 0: from the budget
+    memory_budget: int  # 0: the default
+    grad_filter: float
+    needs: list[bool]  # which of dH, dW, db are wanted
 
 
-@custom_op("mopd::divergence", mutates_args=())
-def divergence(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    token_weights: Tensor | None,
-    student_logits: list[float],
-    teacher_logits: list[float],
-    vocabulary: int,
-    alpha: float,
-    backend: str,
-    chunk_tokens: int,
-    memory_budget: int,
-    grad_filter: float,
-    needs: list[bool],
-) -> Tensor:
-    """Stacked DivergenceRows (9, N); gradients flow through row 0, the divergence of each token."""
-    return chunked.divergence_forward(_divergence_problem(**locals()))[0]
+class LogprobArguments(NamedTuple):
+    """One call of `linear_logprobs`; fields as above."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (N,)
+    logits: list[float]
+    vocabulary: int
+    start: int
+    group: str
+    backend: str
+    chunk_tokens: int
+    memory_budget: int
+    needs: list[bool]
 
 
-@custom_op("mopd::divergence_backward", mutates_args=())
-def divergence_backward(
-    grad: Tensor,  # (N,)
-    rows: Tensor,  # (9, N) of `divergence`
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    token_weights: Tensor | None,
-    student_logits: list[float],
-    teacher_logits: list[float],
-    vocabulary: int,
-    alpha: float,
-    backend: str,
-    chunk_tokens: int,
-    memory_budget: int,
-    grad_filter: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dH, dW, db of sum_i grad_i d_i, from saved row statistics."""
-    arguments = {name: value for name, value in locals().items() if name not in ("grad", "rows")}
-    gradients = chunked.divergence_backward(_divergence_problem(**arguments), rows, grad, _triple(needs))
-    return _padded(gradients, student_hidden, student_weight, student_bias)
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    list[float]: "float[]",
+    list[bool]: "bool[]",
+}
+
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 
-@custom_op("mopd::logprobs", mutates_args=())
-def logprobs(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,
-    labels: Tensor,  # (N,)
-    logits: list[float],
-    vocabulary: int,
-    backend: str,
-    chunk_tokens: int,
-    memory_budget: int,
-    needs: list[bool],
-) -> Tensor:
+def _operator(name: str, arguments: type, returns: int, extra: str = "") -> Callable[[Operator], CustomOpDef]:
+    """A custom operator of the fields of `arguments` after the tensors named in `extra`."""
+    fields = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in get_type_hints(arguments).items()]
+    fields = [f"Tensor {tensor}" for tensor in extra.split()] + fields
+    results = ", ".join(["Tensor"] * returns)
+    schema = f"({', '.join(fields)}) -> {results if returns == 1 else f'({results})'}"
+    return custom_op(f"mopd::{name}", mutates_args=(), schema=schema)
+
+
+@_operator("divergence_with_grads", DivergenceArguments, returns=5)
+def divergence_with_grads(*arguments: Any) -> tuple[Tensor, ...]:
+    """loss = sum_i w_i d_i, stacked DivergenceRows (R, N), dH, dW, db of the loss."""
+    a = DivergenceArguments(*arguments)
+    weights = a.token_weights
+    if weights is None:
+        weights = a.student_hidden.new_ones(a.student_hidden.size(0), dtype=accumulation_dtype(a.student_hidden.dtype))
+    saved, gradients = chunked.divergence_forward(_divergence_problem(a), weights, _triple(a.needs))
+    return (saved.rows[0] * weights).sum(), saved.rows, *_as_parameters(gradients, *a[:2])
+
+
+@_operator("divergence", DivergenceArguments, returns=4)
+def divergence(*arguments: Any) -> tuple[Tensor, ...]:
+    """The fields of Saved; gradients flow through row 0 of the first, the divergence of each token."""
+    return tuple(chunked.divergence_forward(_divergence_problem(DivergenceArguments(*arguments)))[0])
+
+
+@_operator("divergence_backward", DivergenceArguments, returns=3, extra="grad rows context_lse support bucket_grads")
+def divergence_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """dH, dW, db of sum_i grad_i d_i."""
+    saved, a = Saved(*rest[:4]), DivergenceArguments(*rest[4:])
+    gradients = chunked.divergence_backward(_divergence_problem(a, agree=False), saved, grad, _triple(a.needs))
+    return _as_parameters(gradients, *a[:2])
+
+
+@_operator("logprobs", LogprobArguments, returns=1)
+def logprobs(*arguments: Any) -> Tensor:
     """(3, N): log-prob of the label, entropy, logsumexp."""
-    return chunked.logprobs_forward(_logprob_problem(**locals()))
+    return chunked_logprobs.logprobs_forward(_logprob_problem(LogprobArguments(*arguments)))
 
 
-@custom_op("mopd::logprobs_backward", mutates_args=())
-def logprobs_backward(
-    grads: Tensor,  # (3, N)
-    result: Tensor,  # (3, N) of `logprobs`
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    logits: list[float],
-    vocabulary: int,
-    backend: str,
-    chunk_tokens: int,
-    memory_budget: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+@_operator("logprobs_backward", LogprobArguments, returns=3, extra="grads result")
+def logprobs_backward(grads: Tensor, result: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """dH, dW, db of sum(grads * result)."""
-    arguments = {name: value for name, value in locals().items() if name not in ("grads", "result")}
-    gradients = chunked.logprobs_backward(_logprob_problem(**arguments), result, grads, _triple(needs))
-    return _padded(gradients, hidden, weight, bias)
+    a = LogprobArguments(*arguments)
+    gradients = chunked_logprobs.logprobs_backward(_logprob_problem(a, agree=False), result, grads, _triple(a.needs))
+    return _as_parameters(gradients, *a[:2])
 
 
-def _divergence_problem(**a: Any) -> DivergenceProblem:
-    hidden, labels, weights = a["student_hidden"], a["labels"], a["token_weights"]
-    vocabulary, kept = a["vocabulary"], _kept(a["student_hidden"], labels, weights)
-    chunk = chunked.chunk_rows(kept.numel(), vocabulary, hidden, a["chunk_tokens"], a["memory_budget"], buffers=2)
+def _divergence_problem(a: DivergenceArguments, agree: bool = True) -> DivergenceProblem:
+    """The problem on this rank; `agree` compares it with the other ranks', which the backward need not do again."""
+    hidden, labels, ranks = a.student_hidden, a.labels, Ranks.named(a.group)
+    student = _projection(a.student_weight, a.student_bias, a.student_logits, a)
+    kept = _kept(hidden, labels, a.token_weights)
+    buffers = 2 if a.context_weights is None else 3
+    columns = student.weight.size(0)
+    chunk = chunked.chunk_rows(kept.numel(), columns, hidden, a.chunk_tokens, a.memory_budget, buffers)
+    if agree and ranks.group is not None:
+        facts = _facts(a, ("alpha", "top_k", "add_tail"), kept) | {
+            "number of contexts": a.teacher_hidden.size(0),
+            "teacher hidden size": a.teacher_hidden.size(2),
+            "temperature": a.student_logits[2],
+            "teacher temperature": a.teacher_logits[2],
+            "context_weights given": a.context_weights is not None,
+        }
+        chunk = ranks.agree("divergence", facts, Part(a.start, columns, a.vocabulary, chunk), hidden.device)
     return DivergenceProblem(
         student_hidden=hidden,
-        student=_projection(a["student_weight"], a["student_bias"], a["student_logits"], vocabulary),
-        teacher_hidden=a["teacher_hidden"],
-        teacher=_projection(a["teacher_weight"], a["teacher_bias"], a["teacher_logits"], vocabulary),
+        student=student,
+        teacher_hidden=a.teacher_hidden,
+        teacher=_projection(a.teacher_weight, a.teacher_bias, a.teacher_logits, a),
         labels=labels,
+        log_weights=None if a.context_weights is None else a.context_weights.log(),
         kept=kept,
-        alpha=a["alpha"],
-        backend=backends.pick(a["backend"], hidden),
+        alpha=a.alpha,
+        top_k=min(a.top_k, a.vocabulary),
+        add_tail=a.add_tail,
+        backend=_backend(a.backend, hidden, columns),
+        ranks=ranks,
         chunk=chunk,
-        grad_filter=a["grad_filter"],
+        grad_filter=a.grad_filter,
     )
 
 
-def _logprob_problem(**a: Any) -> LogprobProblem:
-    hidden, labels, vocabulary = a["hidden"], a["labels"], a["vocabulary"]
-    kept = _kept(hidden, labels, None)
-    return LogprobProblem(
-        hidden=hidden,
-        head=_projection(a["weight"], a["bias"], a["logits"], vocabulary),
-        labels=labels,
-        kept=kept,
-        backend=backends.pick(a["backend"], hidden),
-        chunk=chunked.chunk_rows(kept.numel(), vocabulary, hidden, a["chunk_tokens"], a["memory_budget"], buffers=1),
-    )
+def _logprob_problem(a: LogprobArguments, agree: bool = True) -> LogprobProblem:
+    hidden, ranks = a.hidden, Ranks.named(a.group)
+    head, kept = _projection(a.weight, a.bias, a.logits, a), _kept(hidden, a.labels, None)
+    columns = head.weight.size(0)
+    chunk = chunked.chunk_rows(kept.numel(), columns, hidden, a.chunk_tokens, a.memory_budget, buffers=1)
+    if agree and ranks.group is not None:
+        facts = _facts(a, (), kept) | {"temperature": a.logits[2]}
+        chunk = ranks.agree("logprobs", facts, Part(a.start, columns, a.vocabulary, chunk), hidden.device)
+    return LogprobProblem(hidden, head, a.labels, kept, _backend(a.backend, hidden, columns), ranks, chunk)
 
 
-def _projection(weight: Tensor, bias: Tensor | None, logits: list[float], rows: int) -> Projection:
+def _facts(a: DivergenceArguments | LogprobArguments, names: tuple[str, ...], kept: Tensor) -> dict[str, float]:
+    """Numbers that ranks sharing a vocabulary must have in common."""
+    hidden, labels = a[0], a.labels
+    place = torch.arange(1, hidden.size(0) + 1, device=hidden.device)
+    return {name: getattr(a, name) for name in names} | {
+        "number of tokens": hidden.size(0),
+        "hidden size": hidden.size(1),
+        "dtype (bytes)": hidden.element_size(),
+        "number of kept tokens": kept.numel(),
+        "kept tokens (checksum)": int(place[kept].sum()),
+        "labels given": labels is not None,
+        "labels (checksum)": 0 if labels is None else int((labels * place).sum()),
+        "need of a gradient of hidden": a.needs[0],
+    }
+
+
+def _backend(name: str, hidden: Tensor, columns: int) -> Any:
+    """A rank without valid rows has nothing that a kernel could be launched on."""
+    return backends.pick(name if columns > 0 else "eager", hidden)
+
+
+def _projection(
+    weight: Tensor, bias: Tensor | None, logits: list[float], a: DivergenceArguments | LogprobArguments
+) -> Projection:
     softcap, scale, temperature = logits
-    return Projection(weight[:rows], None if bias is None else bias[:rows], scale, softcap or None, temperature)
+    rows = max(0, min(weight.size(0), a.vocabulary - a.start))
+    bias = None if bias is None else bias[:rows]
+    return Projection(weight[:rows], bias, scale, softcap or None, temperature, a.start, weight.size(0))
 
 
 def _kept(hidden: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
@@ -183,128 +213,58 @@ def _kept(hidden: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tens
     return torch.arange(hidden.size(0), device=hidden.device) if mask is None else mask.nonzero()[:, 0]
 
 
-def _weights(token_weights: Tensor | None, hidden: Tensor) -> Tensor:
-    dtype = accumulation_dtype(hidden.dtype)
-    return hidden.new_ones(hidden.size(0), dtype=dtype) if token_weights is None else token_weights
-
-
-def _triple(needs: list[bool]) -> tuple[bool, bool, bool]:
+def _triple(needs: list[bool]) -> Needs:
     return needs[0], needs[1], needs[2]
 
 
-def _padded(gradients: Gradients, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in their parameters' shapes: rows past the vocabulary are 0, unwanted ones empty.
-
-    A float16 weight's gradient stays in float32 until it is scaled: sums over tokens may pass 65504.
-    """
-
-    def pad(grad: Tensor | None, like: Tensor | None) -> Tensor:
-        if grad is None or like is None:
-            return hidden.new_empty(0)
-        if grad.size(0) < like.size(0):
-            full = grad.new_zeros(like.shape)
-            full[: grad.size(0)] = grad
-            grad = full
-        return grad if like.dtype == torch.float16 else grad.to(like.dtype)
-
-    return pad(gradients.hidden, hidden), pad(gradients.weight, weight), pad(gradients.bias, bias)
-
-
-def _fake_padded(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> list[Tensor]:
-    def like(tensor: Tensor | None, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:
-        if tensor is None or not wanted:
-            return hidden.new_empty(0)
-        return tensor.new_empty(tensor.shape, dtype=dtype)
-
+def _as_parameters(gradients: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Gradients in their parameters' dtype. A float16 weight's gradient stays in float32 until it is scaled:
+    sums over tokens may pass 65504."""
     wide = torch.float32 if weight.dtype == torch.float16 else weight.dtype
-    return [like(hidden, needs[0]), like(weight, needs[1], wide), like(bias, needs[2], wide)]
+    empty = hidden.new_empty(0)
+    results = (gradients.hidden, gradients.weight, gradients.bias)
+    return tuple(empty.clone() if g is None else g if i == 0 else g.to(wide) for i, g in enumerate(results))
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+    wide = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return [
+        hidden.new_empty(shape if wanted else (0,), dtype=hidden.dtype if place == 0 or not wanted else wide)
+        for place, (shape, wanted) in enumerate(zip(shapes, needs, strict=True))
+    ]
 
 
 @divergence_with_grads.register_fake
-def _(student_hidden, student_weight, student_bias, *rest):  # type: ignore[no-untyped-def]
-    rows = _fake_rows(student_hidden, len(DivergenceRows._fields))
-    return rows.new_empty(()), rows, *_fake_padded(student_hidden, student_weight, student_bias, rest[-1])
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    a = DivergenceArguments(*arguments)
+    rows = _fake_rows(a.student_hidden, len(DivergenceRows._fields))
+    return rows.new_empty(()), rows, *_fake_gradients(a.student_hidden, a.student_weight, a.needs)
 
 
 @divergence.register_fake
-def _(student_hidden, *rest):  # type: ignore[no-untyped-def]
-    return _fake_rows(student_hidden, len(DivergenceRows._fields))
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    a = DivergenceArguments(*arguments)
+    contexts = 0 if a.context_weights is None else a.context_weights.size(0)
+    return tuple(Saved.empty(a.student_hidden, contexts, min(a.top_k, a.vocabulary)))
 
 
 @divergence_backward.register_fake
-def _(grad, rows, student_hidden, student_weight, student_bias, *rest):  # type: ignore[no-untyped-def]
-    return tuple(_fake_padded(student_hidden, student_weight, student_bias, rest[-1]))
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    a = DivergenceArguments(*arguments[5:])
+    return tuple(_fake_gradients(a.student_hidden, a.student_weight, a.needs))
 
 
 @logprobs.register_fake
-def _(hidden, *rest):  # type: ignore[no-untyped-def]
-    return _fake_rows(hidden, 3)
+def _(*arguments: Any) -> Tensor:
+    return _fake_rows(LogprobArguments(*arguments).hidden, 3)
 
 
 @logprobs_backward.register_fake
-def _(grads, result, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    return tuple(_fake_padded(hidden, weight, bias, rest[-1]))
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    a = LogprobArguments(*arguments[2:])
+    return tuple(_fake_gradients(a.hidden, a.weight, a.needs))
 
 
 def _fake_rows(hidden: Tensor, count: int) -> Tensor:
     return hidden.new_empty(count, hidden.size(0), dtype=accumulation_dtype(hidden.dtype))
-
-
-def _scaled(saved: Tensor, wanted: bool, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """In place: a second gradient-sized buffer would cost as much as the parameter. Autograd's own version
-    counter turns a second backward into an error."""
-    return saved.mul_(factor.to(saved.dtype)).to(dtype) if wanted else None
-
-
-def _setup_with_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs, ctx.count = inputs[-1], len(inputs)
-    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
-
-
-def _backward_with_grads(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias = ctx.saved_tensors
-    grads = (
-        _scaled(hidden, ctx.needs[0], grad_loss, ctx.dtypes[0]),
-        _scaled(weight, ctx.needs[1], grad_loss, ctx.dtypes[1]),
-        _scaled(bias, ctx.needs[2], grad_loss, ctx.dtypes[1]),
-    )
-    return grads + (None,) * (ctx.count - 3)
-
-
-def _setup_recompute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Inputs are tensors first, then numbers; both go to the backward operator as they came."""
-    ctx.tensors = [isinstance(value, Tensor) for value in inputs]
-    ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.save_for_backward(output, *(value for value in inputs if isinstance(value, Tensor)))
-
-
-def _saved_inputs(ctx: Any) -> tuple[Tensor, list[Any]]:
-    output, *tensors = ctx.saved_tensors
-    remaining = iter(tensors)
-    inputs = [
-        next(remaining) if is_tensor else value for is_tensor, value in zip(ctx.tensors, ctx.constants, strict=True)
-    ]
-    return output, inputs
-
-
-def _recomputed(inputs: list[Any], grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-    needs = inputs[-1]
-    wanted = [grad.to(inputs[min(i, 1)].dtype) if needs[i] else None for i, grad in enumerate(grads)]
-    return (*wanted, *[None] * (len(inputs) - 3))
-
-
-def _backward_divergence(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-    rows, inputs = _saved_inputs(ctx)
-    return _recomputed(inputs, divergence_backward(grad_rows[0], rows, *inputs))
-
-
-def _backward_logprobs(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
-    result, inputs = _saved_inputs(ctx)
-    return _recomputed(inputs, logprobs_backward(grads, result, *inputs))
-
-
-divergence_with_grads.register_autograd(_backward_with_grads, setup_context=_setup_with_grads)
-divergence.register_autograd(_backward_divergence, setup_context=_setup_recompute)
-logprobs.register_autograd(_backward_logprobs, setup_context=_setup_recompute)

@@ -1,23 +1,34 @@
 """The public functions: check, flatten, call the operator, give the result its names.
 
-Legend: N tokens, V vocabulary, Hs/Ht student/teacher hidden size.
+Legend: N tokens, V vocabulary, Hs/Ht student/teacher hidden size, K contexts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from torch import Tensor
 
-from . import checks, operators
+from . import (
+    autograd,  # noqa: F401  registers the operators' gradients
+    checks,
+    operators,
+    vocab_parallel,
+)
 from .chunked import DivergenceRows
+from .operators import DivergenceArguments, LogprobArguments
 from .spec import Divergence, Execution, LMHead, LogProbs, accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+
+Arguments = TypeVar("Arguments")
 
 
 def linear_divergence(
     student_hidden: Tensor,  # (N, Hs) or (..., Hs)
     student_head: LMHead | Tensor,
-    teacher_hidden: Tensor,  # (N, Ht) or (..., Ht)
+    teacher_hidden: Tensor,  # (N, Ht) or (..., Ht); (K, N, Ht) or (K, ..., Ht) for K contexts
     teacher_head: LMHead | Tensor,
     *,
     alpha: float = 0.5,
@@ -25,6 +36,9 @@ def linear_divergence(
     teacher_temperature: float | None = None,
     labels: Tensor | None = None,  # (N,) or (...)
     token_weights: Tensor | None = None,  # (N,) or (...)
+    context_weights: Tensor | None = None,  # (K,), (K, N) or (K, ...)
+    top_k: int | None = None,
+    add_tail: bool = True,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     execution: Execution | None = None,
@@ -40,70 +54,74 @@ def linear_divergence(
 
     labels: adds the labels' log-probs under both sides to the result; tokens labelled -100 are left out.
     token_weights: constants, known up front. Tokens of weight 0 are dropped before any product.
+    context_weights: non-negative; divided by their sum over K, so that the teacher is the arithmetic mixture
+        p = Σ_k w_k p_k of the contexts' distributions. Default: equal weights. Costs 3 Hs + K Ht, not K (3 Hs + Ht).
+    top_k: the divergence on the student's k largest entries, both sides normalised by their full logsumexp; the
+        rest is one more entry log(1 - Σ) (`add_tail`), or left out and both sides renormalised. With
+        Execution.grad_filter the filter then sees the gradient behind the softcap.
     normalizer: what "mean" divides by, e.g. the global token count; default: tokens that were not left out.
 
-    Gradients reach student_hidden and the student head's weight and bias. Teacher tensors, labels and
-    weights are constants. Sums are accumulated in float32 (float64 for float64 inputs).
+    Heads with a VocabShard share their vocabulary over ranks; all ranks call this together and get equal
+    results, the hidden gradient summed over ranks and their own rows' weight gradients.
+
+    Gradients reach student_hidden and the student head's weight and bias, once (no double backward). Teacher
+    tensors, labels and weights are constants. Sums are accumulated in float32 (float64 for float64 inputs).
     Raises ValueError or TypeError for inputs that do not fit together, before any work.
 
     Sources: arXiv 2306.13649 (generalised JSD), arXiv 2605.12652 (MOPD).
     """
     execution = execution or Execution()
     student, teacher = checks.as_head(student_head), checks.as_head(teacher_head)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    checks.alpha(alpha)
-    checks.temperature("temperature", temperature)
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    checks.temperature("teacher_temperature", teacher_temperature)
-    checks.hidden("student_hidden", student_hidden, student)
-    checks.hidden("teacher_hidden", teacher_hidden, teacher)
-    batch = student_hidden.shape[:-1]
-    if teacher_hidden.shape[:-1] != batch:
-        raise ValueError(
-            f"expected teacher_hidden of the student's tokens {tuple(batch)}, got {tuple(teacher_hidden.shape[:-1])}"
-        )
-    labels = checks.flat("labels", labels, batch)
-    weights = checks.flat("token_weights", token_weights, batch)
-    if weights is not None and weights.requires_grad:
-        raise ValueError('token_weights are constants here: detach them, or weight the result of reduction="none"')
 
-    rows_used = checks.common_vocabulary(student, teacher)
-    checks.labels(labels, rows_used)
-    dtype = accumulation_dtype(student_hidden.dtype)
-    weights = None if weights is None else weights.to(dtype)
-    needs = checks.needs_grad(student_hidden, student)
-    arguments = (
-        student_hidden.flatten(0, -2),
-        student.weight,
-        student.bias,
-        teacher_hidden.detach().flatten(0, -2),
-        teacher.weight.detach(),
-        None if teacher.bias is None else teacher.bias.detach(),
-        labels,
-        weights,
-        [student.softcap or 0.0, student.scale, temperature],
-        [teacher.softcap or 0.0, teacher.scale, teacher_temperature],
-        rows_used,
-        float(alpha),
-        execution.backend or "",
-        execution.chunk_tokens or 0,
-        execution.memory_budget or 0,
-        execution.grad_filter,
-        needs,
-    )
-    save = execution.save
-    if save == "auto":
-        save = "statistics" if reduction == "none" else "gradients"
-    if reduction == "none" and save == "gradients":
-        raise ValueError('Execution.save="gradients" needs a scalar loss, got reduction="none": use "statistics"')
-    if any(needs) and save == "gradients":
-        loss, rows, _, _, _ = operators.divergence_with_grads(*arguments)
-    else:
-        rows = operators.divergence(*arguments)
-        weighted = rows[0] if weights is None else rows[0] * weights
-        loss = weighted.view(batch) if reduction == "none" else weighted.sum()
+    def checked() -> DivergenceArguments:
+        checks.choice("reduction", reduction, REDUCTIONS)
+        checks.between("alpha", alpha)
+        checks.positive("temperature", temperature)
+        checks.positive("teacher_temperature", temperature if teacher_temperature is None else teacher_temperature)
+        checks.top_k(top_k)
+        checks.hidden("student_hidden", student_hidden, student)
+        checks.hidden("teacher_hidden", teacher_hidden, teacher)
+        checks.token_weights(token_weights)
+        batch = student_hidden.shape[:-1]
+        vocabulary = checks.common_vocabulary(student, teacher)
+        contexts, weights = checks.contexts(teacher_hidden.detach(), context_weights, batch)
+        flat_labels = checks.flat("labels", labels, batch)
+        checks.labels(flat_labels, vocabulary)
+        flat_weights = checks.flat("token_weights", token_weights, batch)
+        dtype = accumulation_dtype(student_hidden.dtype)
+        return DivergenceArguments(
+            student_hidden=student_hidden.flatten(0, -2),
+            student_weight=student.weight,
+            student_bias=student.bias,
+            teacher_hidden=contexts,
+            teacher_weight=teacher.weight.detach(),
+            teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
+            labels=flat_labels,
+            token_weights=None if flat_weights is None else flat_weights.to(dtype),
+            context_weights=None if weights is None else weights.to(dtype),
+            student_logits=_logits(student, temperature),
+            teacher_logits=_logits(teacher, temperature if teacher_temperature is None else teacher_temperature),
+            vocabulary=vocabulary,
+            start=0 if student.shard is None else student.shard.start,
+            group=_group(student),
+            alpha=float(alpha),
+            top_k=top_k or 0,
+            add_tail=add_tail,
+            backend=execution.backend or "",
+            chunk_tokens=execution.chunk_tokens or 0,
+            memory_budget=execution.memory_budget or 0,
+            grad_filter=execution.grad_filter,
+            needs=checks.needs_grad(student_hidden, student),
+        )
+
+    arguments = _together(checked, student)
+    save = checks.save(execution, reduction)
+    loss, rows = _weighted_divergence(arguments, save, reduction == "none")
+    batch = student_hidden.shape[:-1]
+    if reduction == "none":
+        loss = loss.view(batch)
     if reduction == "mean":
-        loss = loss / checks.denominator(normalizer, labels, weights, loss, student_hidden)
+        loss = loss / checks.denominator(normalizer, arguments.labels, arguments.token_weights, loss, student_hidden)
     result = DivergenceRows(*(row.view(batch) for row in rows.detach()))
     return Divergence(
         loss=loss,
@@ -113,6 +131,8 @@ def linear_divergence(
         top1_agreement=result.agreement,
         student_logprobs=None if labels is None else result.student_logprobs,
         teacher_logprobs=None if labels is None else result.teacher_logprobs,
+        student_topk_mass=None if top_k is None else result.student_mass,
+        teacher_topk_mass=None if top_k is None else result.teacher_mass,
     )
 
 
@@ -127,28 +147,79 @@ def linear_logprobs(
     """log softmax(z)[label], entropy and logsumexp of every token, without [N, V] logits.
 
     z = cap(scale·(h Wᵀ + b)) / temperature. Tokens labelled -100 are left out: they cost nothing and hold 0.
-    Differentiable in hidden, weight and bias through all three results; the backward recomputes the logits
-    chunk by chunk (1 + 3 products). float32 accumulation (float64 for float64).
+    Differentiable once in hidden, weight and bias through all three results; the backward recomputes the logits
+    chunk by chunk (1 + 3 products). float32 accumulation (float64 for float64). Heads with a VocabShard as in
+    `linear_divergence`.
     """
     execution = execution or Execution()
     head = checks.as_head(head)
-    checks.temperature("temperature", temperature)
-    checks.hidden("hidden", hidden, head)
-    batch = hidden.shape[:-1]
-    flat_labels = checks.flat("labels", labels, batch)
-    assert flat_labels is not None
-    rows_used = head.vocab_size or head.weight.size(0)
-    checks.labels(flat_labels, rows_used)
-    result = operators.logprobs(
-        hidden.flatten(0, -2),
-        head.weight,
-        head.bias,
-        flat_labels,
-        [head.softcap or 0.0, head.scale, temperature],
-        rows_used,
-        execution.backend or "",
-        execution.chunk_tokens or 0,
-        execution.memory_budget or 0,
-        checks.needs_grad(hidden, head),
-    )
-    return LogProbs(*(row.view(batch) for row in result))
+
+    def checked() -> LogprobArguments:
+        checks.positive("temperature", temperature)
+        checks.hidden("hidden", hidden, head)
+        flat_labels = checks.flat("labels", labels, hidden.shape[:-1])
+        assert flat_labels is not None
+        vocabulary = head.vocab_size or head.weight.size(0)
+        checks.labels(flat_labels, vocabulary)
+        return LogprobArguments(
+            hidden=hidden.flatten(0, -2),
+            weight=head.weight,
+            bias=head.bias,
+            labels=flat_labels,
+            logits=_logits(head, temperature),
+            vocabulary=vocabulary,
+            start=0 if head.shard is None else head.shard.start,
+            group=_group(head),
+            backend=execution.backend or "",
+            chunk_tokens=execution.chunk_tokens or 0,
+            memory_budget=execution.memory_budget or 0,
+            needs=checks.needs_grad(hidden, head),
+        )
+
+    result = operators.logprobs(*_together(checked, head))
+    return LogProbs(*(row.view(hidden.shape[:-1]) for row in result))
+
+
+def grouped_logprobs(
+    hidden: Tensor,  # (K, N, H) or (K, ..., H)
+    head: LMHead | Tensor,
+    labels: Tensor,  # (N,) or (...)
+    *,
+    temperature: float = 1.0,
+    execution: Execution | None = None,
+) -> LogProbs:  # of (K, N) or (K, ...)
+    """`linear_logprobs` of the same labels under K contexts: the labels are given once."""
+    if hidden.ndim < 3 or labels.shape != hidden.shape[1:-1]:
+        raise ValueError(
+            f"expected hidden (K, ..., H) and labels (...), got {tuple(hidden.shape)} and {tuple(labels.shape)}"
+        )
+    return linear_logprobs(hidden, head, labels.expand(hidden.shape[:-1]), temperature=temperature, execution=execution)
+
+
+def _weighted_divergence(arguments: DivergenceArguments, save: str, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Σ_i w_i d_i, or (N,) of its terms, and the stacked rows."""
+    if any(arguments.needs) and save == "gradients":
+        loss, rows, *_ = operators.divergence_with_grads(*arguments)
+        return loss, rows
+    rows, *_ = operators.divergence(*arguments)
+    weights = arguments.token_weights
+    weighted = rows[0] if weights is None else rows[0] * weights
+    return weighted if per_token else weighted.sum(), rows
+
+
+def _together(checked: Callable[[], Arguments], head: LMHead) -> Arguments:
+    """The checked arguments; if this rank refuses them, the ranks that it shares a vocabulary with hear of it."""
+    try:
+        return checked()
+    except (TypeError, ValueError):
+        if head.shard is not None:
+            vocab_parallel.refuse(head.shard.group, head.weight.device)
+        raise
+
+
+def _logits(head: LMHead, temperature: float) -> list[float]:
+    return [head.softcap or 0.0, head.scale, temperature]
+
+
+def _group(head: LMHead) -> str:
+    return "" if head.shard is None else vocab_parallel.group_name(head.shard.group)

@@ -60,6 +60,8 @@ class LMHead:
             raise ValueError("expected LMHead.scale != 0, got 0")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"expected LMHead.vocab_size >= 1, got {self.vocab_size}")
+        if self.shard is not None and self.vocab_size is None:
+            raise ValueError("a head with a VocabShard needs LMHead.vocab_size, the rows of all ranks together")
         if self.shard is None and self.vocab_size is not None and self.vocab_size > self.weight.size(0):
             raise ValueError(
                 f"expected LMHead.vocab_size <= {self.weight.size(0)} rows of the weight, got {self.vocab_size}"

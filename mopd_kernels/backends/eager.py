@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..losses import divergence, logprob
+from ..losses import topk as topk_loss
 from ..losses.stats import MINUS_INFINITY, PairStats, SideStats, Terms
 
 BLOCK_BYTES = 1 << 20
@@ -129,6 +130,8 @@ def logprob_grad_(
     grads: tuple[Tensor, Tensor, Tensor],  # of log-prob, entropy and logsumexp, each (C,)
     cap: float | None,
 ) -> None:
+    if z.size(1) == 0:
+        return
     for rows in _blocks(z):
         grad_logprob, grad_entropy, grad_lse = (g[rows] for g in grads)
         grad = logprob.grad_of_logprobs(z[rows] - lse[rows, None], entropy[rows], grad_logprob, grad_entropy, grad_lse)
@@ -136,3 +139,9 @@ def logprob_grad_(
         here = (local >= 0) & (local < z.size(1))
         grad.scatter_add_(1, local.clamp(0, z.size(1) - 1)[:, None], torch.where(here, grad_logprob, 0.0)[:, None])
         _store(z, rows, grad, cap)
+
+
+def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values (C, k), largest first, and columns; among equals at the k-th place the lowest columns."""
+    parts = [topk_loss.largest(z[rows], k) for rows in _blocks(z)]
+    return torch.cat([values for values, _ in parts]), torch.cat([columns for _, columns in parts])

@@ -23,7 +23,7 @@ from .stats import PairStats, Terms
 def expected(log_weight: Tensor, value: Tensor) -> Tensor:
     """exp(log_weight) * value, and 0 where the weight underflows or is exp(-inf), also for value = inf."""
     weight = log_weight.exp()
-    return torch.where(weight > 0, weight * value, 0.0)
+    return weight * torch.where(weight > 0, value, 0.0)
 
 
 def log_mixture(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:

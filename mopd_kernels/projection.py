@@ -1,0 +1,127 @@
+"""From hidden states to a chunk of logits, and from d(logits) back to the gradients of the head and trunk.
+
+    z = cap(scale·(h Wᵀ + b)) / tau
+    dH = G W (scale / tau),   dW += Gᵀ h (scale / tau),   db += Σ G (scale / tau),   G = d(loss)/d(z before the cap)
+
+Legend: N tokens, C chunk, V vocabulary rows held here, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import accumulation_dtype
+
+Needs = tuple[bool, bool, bool]  # which of dH, dW, db are wanted
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A head cut to its valid rows, with its temperature."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    scale: float
+    softcap: float | None
+    temperature: float
+    start: int  # global vocabulary index of row 0
+    parameter_rows: int  # of the weight before the cut
+
+    @property
+    def cap(self) -> float | None:
+        """Bound of |z|, or None without a softcap."""
+        return None if self.softcap is None else self.softcap / self.temperature
+
+    @property
+    def slope(self) -> float:
+        """dz/du where the cap is not active, u = h Wᵀ + b."""
+        return self.scale / self.temperature
+
+    def into(self, out: Tensor, low: Tensor | None, hidden: Tensor) -> Tensor:
+        """z of `hidden` (C, H), written into `out` (C, V)."""
+        hidden = hidden * self.slope if self.slope != 1 else hidden
+        bias = None if self.bias is None else self.bias * self.slope
+        product = out if low is None else low
+        if bias is None:
+            torch.mm(hidden, self.weight.T, out=product)
+        else:
+            torch.addmm(bias, hidden, self.weight.T, out=product)
+        if low is not None:
+            out.copy_(low)
+        if self.cap is not None:
+            out.div_(self.cap).tanh_().mul_(self.cap)
+        return out
+
+
+class Buffers:
+    """Chunk buffers (C, V), allocated once a call and reused by every chunk.
+
+    column_major: the values of a vocabulary row are neighbours, strides (1, C), as the backend's kernels want it.
+    """
+
+    def __init__(self, chunk: int, columns: int, like: Tensor, count: int, column_major: bool = False) -> None:
+        def empty(dtype: torch.dtype) -> Tensor:
+            if column_major:
+                return torch.empty(columns, chunk, dtype=dtype, device=like.device).T
+            return torch.empty(chunk, columns, dtype=dtype, device=like.device)
+
+        dtype = accumulation_dtype(like.dtype)
+        self.logits = [empty(dtype) for _ in range(count)]
+        self.low = None if like.dtype == dtype else empty(like.dtype)
+
+    def project(self, index: int, projection: Projection, hidden: Tensor) -> Tensor:
+        rows = hidden.size(0)
+        return projection.into(self.logits[index][:rows], self._low(rows), hidden)
+
+    def lowered(self, grad: Tensor) -> Tensor:
+        """`grad` in the dtype of the head, in which its product with W is taken."""
+        low = self._low(grad.size(0))
+        return grad if low is None else low.copy_(grad)
+
+    def _low(self, rows: int) -> Tensor | None:
+        return None if self.low is None else self.low[:rows]
+
+
+@dataclass
+class Gradients:
+    """dH by chunk and dW, db accumulated over chunks in float32 (float64 for float64).
+
+    dW and db have all rows of their parameters; padding rows stay 0.
+    """
+
+    hidden: Tensor | None  # (N, H)
+    weight: Tensor | None  # (V, H) accumulation dtype
+    bias: Tensor | None  # (V,)
+
+    @classmethod
+    def zeros(cls, hidden: Tensor, head: Projection, needs: Needs) -> Gradients:
+        dtype, rows = accumulation_dtype(hidden.dtype), head.parameter_rows
+        return cls(
+            torch.zeros_like(hidden) if needs[0] else None,
+            hidden.new_zeros(rows, hidden.size(1), dtype=dtype) if needs[1] else None,
+            hidden.new_zeros(rows, dtype=dtype) if needs[2] else None,
+        )
+
+    def add(self, rows: Tensor, grad: Tensor, hidden: Tensor, projection: Projection, buffers: Buffers) -> None:
+        """Take d/dz `grad` (C, V) of the tokens `rows`, whose inputs are `hidden`."""
+        slope, valid = projection.slope, grad.size(1)
+        if self.bias is not None:
+            self.bias[:valid].add_(grad.sum(0), alpha=slope)
+        if self.weight is not None:
+            self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), alpha=slope)
+        if self.hidden is not None:
+            self.hidden[rows] = torch.mm(buffers.lowered(grad), projection.weight).mul_(slope)
+
+    def add_kept(self, rows: Tensor, kept: Any, hidden: Tensor, projection: Projection) -> None:
+        """`add` of a gradient that a backend returned as its kept entries."""
+        valid = projection.weight.size(0)
+        grad_hidden = None if self.hidden is None else torch.empty_like(hidden)
+        grad_weight = None if self.weight is None else self.weight[:valid]
+        grad_bias = None if self.bias is None else self.bias[:valid]
+        kept.products(hidden, projection.weight, projection.slope, grad_hidden, grad_weight, grad_bias)
+        if self.hidden is not None and grad_hidden is not None:
+            self.hidden[rows] = grad_hidden
