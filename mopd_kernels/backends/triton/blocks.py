@@ -79,9 +79,13 @@ def over_vocabulary(
     hidden, head = z.hidden, z.head
     weight_dtype = torch.float32 if head.weight.dtype == torch.float16 else head.weight.dtype
     grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if needs[0] else None
-    grad_weight = hidden.new_empty(head.weight.shape, dtype=weight_dtype) if needs[1] else None
-    grad_bias = hidden.new_empty(head.weight.size(0), dtype=torch.float32) if needs[2] else None
-    for first in range(0, head.weight.size(0), block.columns):
+    rows = head.weight.size(0)
+    grad_weight = hidden.new_empty(head.parameter_rows, hidden.size(1), dtype=weight_dtype) if needs[1] else None
+    grad_bias = hidden.new_empty(head.parameter_rows, dtype=torch.float32) if needs[2] else None
+    for padded in (grad_weight, grad_bias):
+        if padded is not None:
+            padded[rows:] = 0
+    for first in range(0, rows, block.columns):
         weight = head.weight[first : first + block.columns]
         width = weight.size(0)
         fill(first, width)
@@ -89,8 +93,8 @@ def over_vocabulary(
         if grad_hidden is not None:
             accumulate(grad_hidden, grad, weight, add=first > 0, activity=activity)
         if grad_weight is not None:
-            rows = grad_weight[first : first + width]
-            accumulate(rows, grad, hidden, transposed=True, activity=activity.T if activity else None)
+            out = grad_weight[first : first + width]
+            accumulate(out, grad, hidden, transposed=True, activity=activity.T if activity else None)
         if grad_bias is not None and block.bias_parts is not None:
             grad_bias[first : first + width] = block.bias_parts[:, :width].sum(0)
     return grad_hidden, grad_weight, grad_bias

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...spec import accumulation_dtype
 from . import configs, device
+from .cases import CompileCase
 from .formulas import guarded, log_mixture, logaddexp, scalar
 from .row_stats import split
 
@@ -110,3 +111,12 @@ def mix_(log_p: Tensor, z: Tensor, lse: Tensor, log_weight: Tensor | float) -> N
     _mix_kernel[grid](
         log_p, z, shift, columns, log_p.stride(0), z.stride(0), BLOCK=config.block, num_warps=config.warps
     )
+
+
+_NUMBERS = dict.fromkeys(("lse_s", "lse_t", "out", "shift"), "*fp32")
+CASES = (
+    CompileCase(
+        "mixture_sums fp32", _mixture_sums_kernel, {"z_s": "*fp32", "z_t": "*fp32", **_NUMBERS}, {}, configs.ROWS
+    ),
+    CompileCase("mix fp32", _mix_kernel, {"log_p": "*fp32", "z": "*fp32", **_NUMBERS}, {}, configs.ROWS),
+)

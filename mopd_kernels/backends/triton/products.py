@@ -20,7 +20,7 @@ from . import configs, device
 from .formulas import MINUS_INFINITY, capped, scalar
 
 if TYPE_CHECKING:
-    from ...chunked import Projection
+    from ...projection import Projection
 
 GROUP = 16  # row blocks that walk the vocabulary together, so that they share its tiles in L2
 
@@ -120,7 +120,7 @@ class Product(NamedTuple):
         """Rows contiguous along H. Raises TypeError for a dtype without tensor cores."""
         device.require(self.hidden)
         if self.hidden.dtype == torch.float64:
-            raise TypeError("backend 'triton-tiles' takes float32, bfloat16 or float16, got float64: use 'triton'")
+            raise TypeError("backend 'triton-tiles' takes float32, bfloat16 or float16, got torch.float64: use 'triton'")
         return Product(self.hidden.contiguous(), self.head)
 
     def tile(self, role: str) -> configs.Tile:

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from ...losses.stats import Terms
 from . import configs, device
-from .formulas import cap_slope, divergence_slope, filtered, kind_of, logprob_slope, scalar
+from .cases import CompileCase
+from .formulas import (
+    JENSEN_SHANNON,
+    REVERSE_KL,
+    cap_slope,
+    divergence_slope,
+    filtered,
+    kind_of,
+    logprob_slope,
+    scalar,
+)
 
 
 @triton.jit
@@ -143,3 +153,26 @@ def logprob_grad_(
         BLOCK=config.block,
         num_warps=config.warps,
     )
+
+
+_TERMS = dict.fromkeys(("lse_s", "lse_t", "student_kl", "coefficient"), "*fp32")
+_UPSTREAM = dict.fromkeys(("lse", "entropy", "grad_logprob", "grad_entropy", "grad_lse"), "*fp32")
+
+
+def _case(name: str, dtype: str, kind: int, has_cap: bool, has_filter: bool) -> CompileCase:
+    options = {"KIND": kind, "HAS_CAP": has_cap, "HAS_FILTER": has_filter}
+    pointers = {"z_s": f"*{dtype}", "z_t": f"*{dtype}", **_TERMS}
+    return CompileCase(name, _divergence_grad_kernel, pointers, options, configs.ROWS)
+
+
+CASES = (
+    _case("divergence_grad reverse fp32", "fp32", REVERSE_KL.value, False, False),
+    _case("divergence_grad jsd fp32 softcap filter", "fp32", JENSEN_SHANNON.value, True, True),
+    CompileCase(
+        "logprob_grad fp32",
+        _logprob_grad_kernel,
+        {"z": "*fp32", "labels": "*i64", **_UPSTREAM},
+        {"HAS_CAP": False},
+        configs.ROWS,
+    ),
+)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...losses.stats import PairStats, SideStats
 from ...spec import accumulation_dtype
 from . import configs, device
+from .cases import CompileCase
 from .formulas import FORWARD_KL, JENSEN_SHANNON, MINUS_INFINITY, REVERSE_KL, fold, guarded, kind_of, observe
 
 SIDE_FIELDS = len(SideStats._fields)
@@ -233,3 +234,27 @@ def paired(fields: Tensor, kind: int) -> PairStats:
     """Fields (F, C) of both sides by name."""
     student, teacher = SideStats(*fields[:5]), SideStats(*fields[5:10])
     return PairStats(student, teacher, None if kind == JENSEN_SHANNON.value else fields[10])
+
+
+def _case(name: str, dtype: str, pair: bool, kind: int) -> CompileCase:
+    return CompileCase(
+        name,
+        _row_stats_kernel,
+        {"z_s": f"*{dtype}", "z_t": f"*{dtype}", "labels": "*i64", "parts": "*fp32"},
+        {"PAIR": pair, "KIND": kind, "HAS_LABELS": True},
+        configs.ROWS,
+    )
+
+
+CASES = (
+    _case("row_stats pair reverse fp32", "fp32", True, REVERSE_KL.value),
+    _case("row_stats pair jsd bf16", "bf16", True, JENSEN_SHANNON.value),
+    _case("row_stats side fp32", "fp32", False, JENSEN_SHANNON.value),
+    CompileCase(
+        "merge parts",
+        _merge_kernel,
+        {"parts": "*fp32", "out": "*fp32"},
+        {"PAIR": True, "KIND": REVERSE_KL.value},
+        {arch: configs.Rows(MERGE_ROWS, 4, 0) for arch in configs.ARCHITECTURES},
+    ),
+)
