@@ -82,6 +82,10 @@ def _run(parsed: Any) -> None:
 
 
 def quieten() -> None:
-    """Warnings of libraries that repeat for every call and that no user can act on."""
+    """Messages of libraries that repeat for every call and that no user can act on."""
+    from transformers.utils import logging as transformers_logging
+
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "accelerate", "jax", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()

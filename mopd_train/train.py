@@ -89,7 +89,7 @@ def train(config: Config) -> Path:
             metrics = {"step": step, **train_step(run, step)}
             metrics_file.write(metrics)
             run.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
-            progress.console.print(report.step_line(metrics, settings.max_steps), highlight=False)
+            progress.console.print(report.step_line(metrics, settings.max_steps), highlight=False, soft_wrap=True)
             progress.advance(bar)
             if step % settings.save_steps == 0 or step == settings.max_steps:
                 save(run, step)

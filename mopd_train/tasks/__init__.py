@@ -28,7 +28,7 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "arithmetic": Task(math.reward, ("answer",), arithmetic.rows),
+    "arithmetic": Task(arithmetic.reward, ("answer",), arithmetic.rows),
     "math": Task(math.reward, ("answer",)),
 }
 

@@ -4,9 +4,11 @@ most answers but seldom gives them, so that groups of rollouts hold both success
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 HELD_OUT = 40
+NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 
 def rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -22,3 +24,22 @@ def rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def _row(a: int, b: int) -> dict[str, Any]:
     return {"prompt": f"What is {a} + {b}? Answer with just the number.", "answer": str(a + b)}
+
+
+def reward(
+    prompts: list[Any], completions: list[str], completion_ids: list[list[int]], *, answer: list[str], **_: Any
+) -> list[dict[str, Any]]:
+    """1.0 where the last number of the completion is the answer, else 0.0.
+
+    Stricter than comparing expressions by value: "15 + 19" restates the question and equals its answer.
+    """
+    verdicts = []
+    for completion, gold in zip(completions, answer, strict=True):
+        numbers = NUMBER.findall(completion)
+        if not numbers:
+            verdicts.append({"score": 0.0, "feedback": "The reply has no number."})
+        elif numbers[-1] == gold:
+            verdicts.append({"score": 1.0, "feedback": "The answer is right."})
+        else:
+            verdicts.append({"score": 0.0, "feedback": f"The answer {numbers[-1]} is wrong."})
+    return verdicts

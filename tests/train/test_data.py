@@ -85,6 +85,11 @@ def test_arithmetic_splits_are_disjoint_and_gold_answers_pass():
     assert scores([f"The answer is {a}." for a in answers]) == {1.0}
     assert scores([str(int(a) + 1) for a in answers]) == {0.0}
     assert scores([a + "0" for a in answers]) == {0.0}
+    assert scores([f"-{a}" for a in answers]) == {0.0}
+    assert scores([f"{a}.5" for a in answers]) == {0.0}
+    restated = [row["prompt"].removeprefix("What is ").split("?")[0] for row in every]
+    assert scores(restated) == {0.0}
+    assert scores([f"{question} = {a}." for question, a in zip(restated, answers, strict=True)]) == {1.0}
     assert scores(["I do not know"] * len(answers)) == {0.0}
 
 
