@@ -26,21 +26,24 @@ EXAMPLES = {
 
 
 def build_parser() -> Any:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     from .config import Config
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+    class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Examples keep their lines."""
+
     def command(name: str, text: str) -> Any:
-        parser = ArgumentParser(
-            description=text, epilog=EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        parser = ArgumentParser(description=text, epilog=EXAMPLES[name], formatter_class=HelpFormatter)
         parser.add_argument("--config", action="config", help="YAML file with any of the sections below")
         parser.add_class_arguments(Config, fail_untyped=True)
         return parser
 
-    parser = ArgumentParser(prog="mopd", description="Multi-Rollout On-Policy Distillation")
+    parser = ArgumentParser(
+        prog="mopd", description="Multi-Rollout On-Policy Distillation", formatter_class=HelpFormatter
+    )
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("train", command("train", "Train a student by MOPD."), help="train a student")
     evaluation = command("eval", "mean@k and pass@k of a model on held-out prompts.")
