@@ -290,19 +290,22 @@ def _to_gradient_(problem: DivergenceProblem, saved: Saved, coefficient: Tensor,
         cap = problem.student.cap
         problem.backend.divergence_grad_(z_s, z_t, terms, coefficient, problem.alpha, cap, problem.grad_filter)
         return
-    support, tail = saved.bucket_grads[:, :-1], saved.bucket_grads[:, -1]
+    filtered = problem.grad_filter > 0
+    grads = saved.bucket_grads if filtered else saved.bucket_grads * coefficient[:, None]
+    columns = saved.support - problem.student.start
     if problem.add_tail:
-        _tail_gradient_(problem, z_s, terms.student_lse, tail)
+        _scatter_(problem.ranks, z_s, columns, torch.full_like(grads[:, :-1], MINUS_INFINITY))
+        _tail_gradient_(problem, z_s, terms.student_lse, grads[:, -1])
     else:
         z_s.zero_()
-    _scatter_(problem.ranks, z_s, saved.support - problem.student.start, support)
-    if problem.grad_filter > 0:
-        z_s.masked_fill_(z_s.abs() <= problem.grad_filter, 0.0)
-    z_s.mul_(coefficient[:, None])
+    _scatter_(problem.ranks, z_s, columns, grads[:, :-1])
+    if filtered:
+        torch.hardshrink(z_s, problem.grad_filter, out=z_s)
+        z_s.mul_(coefficient[:, None])
 
 
 def _tail_gradient_(problem: DivergenceProblem, z: Tensor, tail_lse: Tensor, tail: Tensor) -> None:
-    """z <- G_tail softmax(z outside the support): the gradient of G_tail · lse, also at the support's entries."""
+    """z <- G_tail softmax(z) of z without the support: the gradient of G_tail · lse."""
     nothing = torch.zeros_like(tail)
     lse = torch.where(tail_lse > MINUS_INFINITY, tail_lse, float("inf"))
     labels = torch.zeros_like(tail, dtype=torch.int64)

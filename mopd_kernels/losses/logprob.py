@@ -40,5 +40,7 @@ def unguarded_grad_(
 ) -> Tensor:
     """`grad_of_logprobs` in `out`, NaN where 0 meets infinity."""
     constant = grad_lse - grad_logprob - grad_entropy * entropy
+    if not bool(grad_entropy.any()):
+        return torch.mul(log_q.exp_(), constant[:, None], out=out)
     torch.mul(log_q, -grad_entropy[:, None], out=out).add_(constant[:, None])
     return out.mul_(log_q.exp_())
