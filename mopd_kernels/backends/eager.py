@@ -58,7 +58,7 @@ def _sum_of_products(weight: Tensor, value: Tensor) -> Tensor:
     total = torch.stack([torch.dot(w, v) for w, v in zip(weight, value, strict=True)])
     if bool(total.isfinite().all()):
         return total
-    return (weight * torch.where(weight > 0, value, 0.0)).sum(1)
+    return torch.where(weight > 0, weight * value, 0.0).sum(1)
 
 
 def _side(z: Tensor, labels: Tensor | None, start: int, weight: Tensor, shifted: Tensor) -> SideStats:
@@ -145,16 +145,13 @@ def _store(z: Tensor, rows: slice, grad: Tensor, cap: float | None) -> None:
         z[rows].div_(cap).square_().neg_().add_(1).mul_(grad)
 
 
-def _gradient(log_q: Tensor, log_p: Tensor, student_kl: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """`divergence.grad_of_logprobs` of a block, in `out`; overwrites log_q and log_p."""
+def _gradient(log_q: Tensor, log_p: Tensor, student_kl: Tensor, alpha: float) -> Tensor:
+    """`divergence.grad_of_logprobs` of a block; overwrites log_q and log_p."""
     if alpha == 0:
-        return torch.sub(log_q.exp_(), log_p.exp_(), out=out)
-    if alpha == 1:
-        torch.sub(log_q, log_p, out=out)
-    else:
-        out.copy_(divergence.mixture_ratios(log_q, log_p, alpha)[0])
-    out.sub_(student_kl[:, None]).mul_(log_q.exp_())
-    return out if alpha == 1 else out.mul_(1 - alpha)
+        return log_q.exp_().sub_(log_p.exp_())
+    ratio = log_p.neg_().add_(log_q) if alpha == 1 else divergence.mixture_ratios(log_q, log_p, alpha)[0]
+    ratio.sub_(student_kl[:, None]).mul_(log_q.exp_())
+    return ratio if alpha == 1 else ratio.mul_(1 - alpha)
 
 
 def divergence_grad_(
@@ -166,10 +163,10 @@ def divergence_grad_(
     cap: float | None,
     grad_filter: float,
 ) -> None:
-    for rows, (log_q, log_p, spare) in _blocks(z_s, 3):
+    for rows, (log_q, log_p) in _blocks(z_s, 2):
         torch.sub(z_s[rows], terms.student_lse[rows, None], out=log_q)
         torch.sub(z_t[rows], terms.teacher_lse[rows, None], out=log_p)
-        grad = _gradient(log_q, log_p, terms.student_kl[rows], alpha, spare)
+        grad = _gradient(log_q, log_p, terms.student_kl[rows], alpha)
         if not bool(grad.sum().isfinite()):
             log_q, log_p = z_s[rows] - terms.student_lse[rows, None], z_t[rows] - terms.teacher_lse[rows, None]
             grad = divergence.grad_of_logprobs(log_q, log_p, terms.student_kl[rows], alpha)
