@@ -124,11 +124,15 @@ def mixture_sums(z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor, alpha: 
     for rows, (log_q, log_p) in _blocks(z_s, 2):
         torch.sub(z_s[rows], lse_s[rows, None], out=log_q)
         torch.sub(z_t[rows], lse_t[rows, None], out=log_p)
-        ratios = divergence.mixture_ratios(log_q, log_p, alpha)
-        sides = zip((log_q, log_p), ratios, strict=True)
-        parts.append([_sum_of_products(side.exp_(), ratio) for side, ratio in sides])
+        parts.append(_mixture_block(log_q, log_p, alpha))
     student, teacher = zip(*parts, strict=True)
     return torch.cat(student), torch.cat(teacher)
+
+
+def _mixture_block(log_q: Tensor, log_p: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """`divergence.kl_to_mixture` of a block, whose temporaries end with it; overwrites log_q and log_p."""
+    student, teacher = divergence.mixture_ratios(log_q, log_p, alpha)
+    return _sum_of_products(log_q.exp_(), student), _sum_of_products(log_p.exp_(), teacher)
 
 
 def mix_(log_p: Tensor, z: Tensor, lse: Tensor, log_weight: Tensor) -> None:
