@@ -134,7 +134,7 @@ def divergence_forward(
     """Rows of every token, and with `coefficient` the gradients from the same logits."""
     hidden, contexts = problem.student_hidden, 0 if problem.log_weights is None else problem.log_weights.size(0)
     saved = Saved.empty(hidden, contexts, problem.top_k)
-    gradients = Gradients.zeros(hidden, problem.student, needs)
+    gradients = Gradients.empty(hidden, problem.student, needs)
     buffers = problem.buffers(problem.buffer_count)
     step = _topk_step if problem.top_k else _full_step
     for index in chunks(problem.kept, problem.chunk):
@@ -144,6 +144,7 @@ def divergence_forward(
         saved.put(index, chunk)
         if coefficient is not None and any(needs):
             _add_gradients(problem, gradients, buffers, index, chunk, coefficient[index], z_s, z_t)
+    gradients.complete(problem.student)
     problem.ranks.reduce(gradients.hidden)
     return saved, gradients
 
@@ -158,7 +159,7 @@ def divergence_backward(
     teacher's logits are not needed, without its tail the student's neither."""
     hidden, kept = problem.student_hidden, problem.kept
     problem = replace(problem, kept=kept[coefficient[kept] != 0])
-    gradients = Gradients.zeros(hidden, problem.student, needs)
+    gradients = Gradients.empty(hidden, problem.student, needs)
     buffers = problem.buffers(1 if problem.top_k else problem.buffer_count)
     for index in chunks(problem.kept, problem.chunk):
         chunk, z_s = saved.at(index), buffers.logits[0][: index.numel()]
@@ -166,6 +167,7 @@ def divergence_backward(
             buffers.project(0, problem.student, hidden[index])
         z_t = z_s if problem.top_k else _teacher_logits(problem, buffers, index, chunk.context_lse)[0]
         _add_gradients(problem, gradients, buffers, index, chunk, coefficient[index], z_s, z_t)
+    gradients.complete(problem.student)
     problem.ranks.reduce(gradients.hidden)
     return gradients
 

@@ -53,7 +53,7 @@ def logprobs_backward(
     grads: Tensor,  # (3, N)
     needs: Needs,
 ) -> Gradients:
-    gradients = Gradients.zeros(problem.hidden, problem.head, needs)
+    gradients = Gradients.empty(problem.hidden, problem.head, needs)
     buffers = problem.buffers()
     for index in chunks(problem.kept, problem.chunk):
         hidden = problem.hidden[index]
@@ -63,5 +63,6 @@ def logprobs_backward(
         cap, start = problem.head.cap, problem.head.start
         problem.backend.logprob_grad_(z, lse, entropy, problem.labels[index], start, upstream, cap)
         gradients.add(index, z, hidden, problem.head, buffers)
+    gradients.complete(problem.head)
     problem.ranks.reduce(gradients.hidden)
     return gradients
