@@ -63,8 +63,8 @@ def divergence_rows(v: int, h: int) -> Work:
     chunk = min(N, max(1, BUDGET // (v * (2 * WIDE + LOW))))
     chunks = math.ceil(N / chunk)
     a_side = 2 * LOW + WIDE  # product out, read, widened
-    statistics, gradient, lowered = 2 * WIDE, 3 * WIDE, WIDE + 2 * LOW
-    logits = N * v * (2 * a_side + statistics + gradient + lowered + WIDE)
+    statistics, gradient, lowered = 2 * WIDE, 3 * WIDE, WIDE + LOW
+    logits = N * v * (2 * a_side + statistics + gradient + lowered + 2 * LOW)
     weights = chunks * v * h * (3 * LOW + 2 * WIDE)
     memory = chunk * v * (2 * WIDE + LOW) + v * h * WIDE
     return Work(
@@ -97,7 +97,8 @@ def logprobs_rows(v: int, h: int) -> Work:
     """linear_logprobs, backend="triton": forward and backward over chunks of one side's logits."""
     chunk = min(N, max(1, BUDGET // (v * (WIDE + LOW))))
     chunks = math.ceil(N / chunk)
-    logits = N * v * (2 * (2 * LOW + WIDE) + WIDE + 2 * WIDE + WIDE + 2 * LOW + WIDE)
+    a_side, gradient, lowered = 2 * LOW + WIDE, 2 * WIDE, WIDE + LOW
+    logits = N * v * (2 * a_side + WIDE + gradient + lowered + 2 * LOW)
     weights = chunks * v * h * (3 * LOW + 2 * WIDE)
     memory = chunk * v * (WIDE + LOW) + v * h * WIDE
     return Work(4 * _product(v, h), logits + weights, memory, f"4 x 2NVH; {logits // (N * v)} bytes an entry")

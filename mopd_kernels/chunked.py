@@ -282,7 +282,7 @@ def _add_gradients(
         if kept is not None:
             gradients.add_kept(index, kept, hidden, head)
             return
-    gradients.add(index, z_s, hidden, head, buffers)
+    gradients.add(index, z_s, hidden, head, buffers, getattr(problem.backend, "add_product_", None))
 
 
 def _to_gradient_(problem: DivergenceProblem, saved: Saved, coefficient: Tensor, z_s: Tensor, z_t: Tensor) -> None:

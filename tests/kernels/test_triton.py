@@ -59,7 +59,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("columns", "dtype"),
-    [(1, torch.float32), (1003, torch.float32), *((257, dtype) for dtype in (torch.float64, torch.float32, *LOW))],
+    [(2, torch.float32), (1003, torch.float32), *((257, dtype) for dtype in (torch.float64, torch.float32, *LOW))],
     ids=str,
 )
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -165,7 +165,7 @@ def test_a_filter_leaves_out_what_is_small_and_nothing_else(tma, monkeypatch):
     for table in configs.TILES.values():
         monkeypatch.setitem(table, "interpreter", table["interpreter"]._replace(tma=tma, pieces=4))
     execution = Execution(backend="triton-tiles", chunk_tokens=8, grad_filter=1e-2)
-    problem = Problem(N=40, V=200, Hs=8, Ht=8, alpha=1.0, spread=6.0, dtype=torch.float32, execution=execution)
+    problem = Problem(N=24, V=120, Hs=8, Ht=8, alpha=1.0, spread=6.0, dtype=torch.float32, execution=execution)
     inputs = tensors(problem)
     leaves = leaves_of(problem, inputs)
     wide = [leaves[name].detach().double() for name in ("student_hidden", "student_weight")]
@@ -194,7 +194,7 @@ def test_runs_are_bitwise_equal_and_blocks_do_not_matter(backend):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("columns", "k"), [(5, 5), (257, 20)])
+@pytest.mark.parametrize(("columns", "k"), [(5, 5), (150, 12)])
 def test_topk_in_order_and_ties_to_the_lower_column(columns, k, dtype):
     z = torch.randn(4, columns, generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
     z[0] = z[0].round()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import configs, device
 from .cases import CompileCase
+from .formulas import scalar
 from .products import GROUP, block_of, describable, numerics, operand, pieces, placed
 
 
@@ -31,6 +32,7 @@ def _accumulate_kernel(
     out,  # (M, H)
     order,  # (M / UNIT_M, K / UNIT_K) active steps of UNIT_K first
     counts,  # (M / UNIT_M,) how many
+    factor: tl.float64,
     rows: tl.int32,
     inner: tl.int32,
     columns: tl.int32,
@@ -78,7 +80,7 @@ def _accumulate_kernel(
     for piece in tl.static_range(PIECES):
         at = column + piece * (BN // PIECES) + tl.arange(0, BN // PIECES)
         here = (row < rows)[:, None] & (at < columns)[None, :]
-        value = cut[piece]
+        value = cut[piece] * scalar(factor, tl.float32)
         if ADD:
             value += tl.load(row_at + at[None, :], mask=here, other=0.0)
         tl.store(row_at + at[None, :], value.to(out.dtype.element_ty), mask=here)
@@ -113,9 +115,10 @@ def accumulate(
     *,
     transposed: bool = False,
     add: bool = False,
+    factor: float = 1.0,
     activity: Activity | None = None,  # of `a` as (M, K)
 ) -> None:
-    """out = a b or out += a b, with float32 sums; tiles of `a` without activity are not read."""
+    """out = factor a b, or out += factor a b, with float32 sums; tiles of `a` without activity are not read."""
     rows, columns = out.shape
     inner = b.size(0)
     tile = configs.tile("accumulate", device.architecture(a), single=a.dtype == torch.float32)
@@ -132,6 +135,7 @@ def accumulate(
         out,
         order,
         counts,
+        float(factor),
         rows,
         inner,
         columns,
@@ -156,13 +160,20 @@ def accumulate(
     )
 
 
-def _case(name: str, dtype: str, out: str, launch: dict, transposed: bool, active: bool) -> CompileCase:
+def add_product_(out: Tensor, grad: Tensor, hidden: Tensor, factor: float) -> None:
+    """out (V, H) in float32 += factor · gradᵀ (V, C) hidden (C, H), both of the head's low precision."""
+    accumulate(out, grad, hidden.contiguous(), transposed=True, add=True, factor=factor)
+
+
+def _case(
+    name: str, dtype: str, out: str, launch: dict, transposed: bool, active: bool, add: bool = False
+) -> CompileCase:
     return CompileCase(
         name,
         _accumulate_kernel,
         {"a": f"*{dtype}", "b": f"*{dtype}", "out": f"*{out}", "order": "*i32", "counts": "*i32"},
         {
-            **{"TRANSPOSED": transposed, "ADD": not transposed, "ACTIVE": active, "UNIT_M": 128, "UNIT_K": 128},
+            **{"TRANSPOSED": transposed, "ADD": add, "ACTIVE": active, "UNIT_M": 128, "UNIT_K": 128},
             **{"UPCAST": False, "GROUP": GROUP, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee"},
         },
         launch,
@@ -171,8 +182,9 @@ def _case(name: str, dtype: str, out: str, launch: dict, transposed: bool, activ
 
 
 CASES = (
-    _case("accumulate dH bf16", "bf16", "fp32", configs.TILES["accumulate"], False, False),
-    _case("accumulate dH bf16 active tiles", "bf16", "fp32", configs.TILES["accumulate"], False, True),
+    _case("accumulate dH bf16", "bf16", "fp32", configs.TILES["accumulate"], False, False, True),
+    _case("accumulate dH bf16 active tiles", "bf16", "fp32", configs.TILES["accumulate"], False, True, True),
     _case("accumulate dW bf16", "bf16", "bf16", configs.TILES["accumulate"], True, False),
+    _case("accumulate dW bf16 over chunks", "bf16", "fp32", configs.TILES["accumulate"], True, False, True),
     _case("accumulate dW fp32 active tiles", "fp32", "fp32", configs.TILES["fp32"], True, True),
 )

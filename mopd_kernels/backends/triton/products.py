@@ -120,7 +120,9 @@ class Product(NamedTuple):
         """Rows contiguous along H. Raises TypeError for a dtype without tensor cores."""
         device.require(self.hidden)
         if self.hidden.dtype == torch.float64:
-            raise TypeError("backend 'triton-tiles' takes float32, bfloat16 or float16, got torch.float64: use 'triton'")
+            raise TypeError(
+                "backend 'triton-tiles' takes float32, bfloat16 or float16, got torch.float64: use 'triton'"
+            )
         return Product(self.hidden.contiguous(), self.head)
 
     def tile(self, role: str) -> configs.Tile:
