@@ -62,6 +62,7 @@ def logprobs_backward(
         _, entropy, lse = result[:, index]
         cap, start = problem.head.cap, problem.head.start
         problem.backend.logprob_grad_(z, lse, entropy, problem.labels[index], start, upstream, cap)
-        gradients.add(index, z, hidden, problem.head, buffers)
+        add_product = getattr(problem.backend, "add_product_", None)
+        gradients.add(index, z, hidden, problem.head, buffers, add_product)
     problem.ranks.reduce(gradients.hidden)
     return gradients
