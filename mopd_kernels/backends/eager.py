@@ -177,6 +177,7 @@ def divergence_grad_(
         if grad_filter > 0:
             grad = torch.nn.functional.hardshrink(grad, grad_filter)
         _store(z_s, rows, grad.mul_(coefficient[rows, None]), cap)
+        del grad  # before the next block makes its own
 
 
 def logprob_grad_(
