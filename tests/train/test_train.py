@@ -228,5 +228,5 @@ def test_a_model_without_a_head_is_refused(tmp_path):
     trunk = LlamaModel(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
-    with pytest.raises(ValueError, match="LlamaModel has no lm_head"):
+    with pytest.raises(ValueError, match="LlamaModel has no Linear lm_head"):
         LMHead.from_model(trunk)
