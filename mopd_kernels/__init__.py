@@ -1,5 +1,6 @@
 """Fused teacher-student losses and log-probs over large vocabularies: hidden states in, logits never whole."""
 
+from .mixing import contrastive_hidden, trust_region_teacher
 from .ops import grouped_logprobs, linear_divergence, linear_logprobs
 from .spec import Divergence, Execution, LMHead, LogProbs, VocabShard
 
@@ -9,7 +10,9 @@ __all__ = [
     "LMHead",
     "LogProbs",
     "VocabShard",
+    "contrastive_hidden",
     "grouped_logprobs",
     "linear_divergence",
     "linear_logprobs",
+    "trust_region_teacher",
 ]

@@ -55,9 +55,15 @@ def _backward_with_grads(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tenso
 
 
 def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
-    """In place: a second gradient-sized buffer would cost as much as the parameter. A compiler's tracing tensors
-    are subclasses; it plans the memory itself. The factor stays in float32: a 0-dim tensor does not widen."""
-    return saved.mul_(factor) if type(saved) is Tensor else saved * factor
+    """In place: a second gradient-sized buffer would cost as much as the parameter. For the same reason under a
+    new name, `detach`: a tensor that the graph still holds would be copied into .grad. A compiler's tracing
+    tensors are subclasses; it plans the memory itself. The factor stays in float32: a 0-dim tensor does not widen.
+    """
+    if type(saved) is not Tensor:
+        return saved * factor
+    if factor.device.type == "cpu" and factor == 1:
+        return saved.detach()
+    return saved.mul_(factor).detach()
 
 
 def _setup_recompute(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:

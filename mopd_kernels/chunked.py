@@ -134,7 +134,7 @@ def divergence_forward(
     """Rows of every token, and with `coefficient` the gradients from the same logits."""
     hidden, contexts = problem.student_hidden, 0 if problem.log_weights is None else problem.log_weights.size(0)
     saved = Saved.empty(hidden, contexts, problem.top_k)
-    gradients = Gradients.zeros(hidden, problem.student, needs)
+    gradients = Gradients.empty(hidden, problem.student, needs)
     buffers = problem.buffers(problem.buffer_count)
     step = _topk_step if problem.top_k else _full_step
     for index in chunks(problem.kept, problem.chunk):
@@ -144,6 +144,7 @@ def divergence_forward(
         saved.put(index, chunk)
         if coefficient is not None and any(needs):
             _add_gradients(problem, gradients, buffers, index, chunk, coefficient[index], z_s, z_t)
+    gradients.complete(problem.student)
     problem.ranks.reduce(gradients.hidden)
     return saved, gradients
 
@@ -158,7 +159,7 @@ def divergence_backward(
     teacher's logits are not needed, without its tail the student's neither."""
     hidden, kept = problem.student_hidden, problem.kept
     problem = replace(problem, kept=kept[coefficient[kept] != 0])
-    gradients = Gradients.zeros(hidden, problem.student, needs)
+    gradients = Gradients.empty(hidden, problem.student, needs)
     buffers = problem.buffers(1 if problem.top_k else problem.buffer_count)
     for index in chunks(problem.kept, problem.chunk):
         chunk, z_s = saved.at(index), buffers.logits[0][: index.numel()]
@@ -166,6 +167,7 @@ def divergence_backward(
             buffers.project(0, problem.student, hidden[index])
         z_t = z_s if problem.top_k else _teacher_logits(problem, buffers, index, chunk.context_lse)[0]
         _add_gradients(problem, gradients, buffers, index, chunk, coefficient[index], z_s, z_t)
+    gradients.complete(problem.student)
     problem.ranks.reduce(gradients.hidden)
     return gradients
 
@@ -290,19 +292,22 @@ def _to_gradient_(problem: DivergenceProblem, saved: Saved, coefficient: Tensor,
         cap = problem.student.cap
         problem.backend.divergence_grad_(z_s, z_t, terms, coefficient, problem.alpha, cap, problem.grad_filter)
         return
-    support, tail = saved.bucket_grads[:, :-1], saved.bucket_grads[:, -1]
+    filtered = problem.grad_filter > 0
+    grads = saved.bucket_grads if filtered else saved.bucket_grads * coefficient[:, None]
+    columns = saved.support - problem.student.start
     if problem.add_tail:
-        _tail_gradient_(problem, z_s, terms.student_lse, tail)
+        _scatter_(problem.ranks, z_s, columns, torch.full_like(grads[:, :-1], MINUS_INFINITY))
+        _tail_gradient_(problem, z_s, terms.student_lse, grads[:, -1])
     else:
         z_s.zero_()
-    _scatter_(problem.ranks, z_s, saved.support - problem.student.start, support)
-    if problem.grad_filter > 0:
-        z_s.masked_fill_(z_s.abs() <= problem.grad_filter, 0.0)
-    z_s.mul_(coefficient[:, None])
+    _scatter_(problem.ranks, z_s, columns, grads[:, :-1])
+    if filtered:
+        torch.hardshrink(z_s, problem.grad_filter, out=z_s)
+        z_s.mul_(coefficient[:, None])
 
 
 def _tail_gradient_(problem: DivergenceProblem, z: Tensor, tail_lse: Tensor, tail: Tensor) -> None:
-    """z <- G_tail softmax(z outside the support): the gradient of G_tail · lse, also at the support's entries."""
+    """z <- G_tail softmax(z) of z without the support: the gradient of G_tail · lse."""
     nothing = torch.zeros_like(tail)
     lse = torch.where(tail_lse > MINUS_INFINITY, tail_lse, float("inf"))
     labels = torch.zeros_like(tail, dtype=torch.int64)

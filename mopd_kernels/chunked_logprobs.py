@@ -53,7 +53,7 @@ def logprobs_backward(
     grads: Tensor,  # (3, N)
     needs: Needs,
 ) -> Gradients:
-    gradients = Gradients.zeros(problem.hidden, problem.head, needs)
+    gradients = Gradients.empty(problem.hidden, problem.head, needs)
     buffers = problem.buffers()
     for index in chunks(problem.kept, problem.chunk):
         hidden = problem.hidden[index]
@@ -64,5 +64,6 @@ def logprobs_backward(
         problem.backend.logprob_grad_(z, lse, entropy, problem.labels[index], start, upstream, cap)
         add_product = getattr(problem.backend, "add_product_", None)
         gradients.add(index, z, hidden, problem.head, buffers, add_product)
+    gradients.complete(problem.head)
     problem.ranks.reduce(gradients.hidden)
     return gradients

@@ -18,7 +18,7 @@ from torch import Tensor
 from .spec import accumulation_dtype
 
 Needs = tuple[bool, bool, bool]  # which of dH, dW, db are wanted
-AddProduct = Callable[[Tensor, Tensor, Tensor, float], None]
+AddProduct = Callable[[Tensor, Tensor, Tensor, float, bool], None]
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,28 @@ class Buffers:
 class Gradients:
     """dH by chunk and dW, db accumulated over chunks in float32 (float64 for float64).
 
-    dW and db have all rows of their parameters; padding rows stay 0.
+    dW and db have all rows of their parameters; padding rows stay 0. dW is written by its first chunk, not zeroed
+    before: it may be larger than all the buffers.
     """
 
     hidden: Tensor | None  # (N, H)
     weight: Tensor | None  # (V, H) accumulation dtype
     bias: Tensor | None  # (V,)
+    first: bool = True  # dW has not been written
 
     @classmethod
-    def zeros(cls, hidden: Tensor, head: Projection, needs: Needs) -> Gradients:
+    def empty(cls, hidden: Tensor, head: Projection, needs: Needs) -> Gradients:
         dtype, rows = accumulation_dtype(hidden.dtype), head.parameter_rows
         return cls(
             torch.zeros_like(hidden) if needs[0] else None,
-            hidden.new_zeros(rows, hidden.size(1), dtype=dtype) if needs[1] else None,
+            hidden.new_empty(rows, hidden.size(1), dtype=dtype) if needs[1] else None,
             hidden.new_zeros(rows, dtype=dtype) if needs[2] else None,
         )
+
+    def complete(self, head: Projection) -> None:
+        """Zero what no chunk has written."""
+        if self.weight is not None:
+            self.weight[0 if self.first else head.weight.size(0) :].zero_()
 
     def add(
         self,
@@ -124,10 +131,12 @@ class Gradients:
         if self.bias is not None:
             self.bias[:valid].add_(grad.sum(0), alpha=slope)
         if self.weight is not None and (low is not None or add_product is None):
-            self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), alpha=slope)
+            beta = 0 if self.first else 1
+            self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), beta=beta, alpha=slope)
         elif self.weight is not None and add_product is not None:
             low = buffers.lowered(grad)
-            add_product(self.weight[:valid], low, hidden, slope)
+            add_product(self.weight[:valid], low, hidden, slope, not self.first)
+        self.first = False
         if self.hidden is not None:
             low = buffers.lowered(grad) if low is None else low
             self.hidden[rows] = torch.mm(low, projection.weight).mul_(slope)
@@ -135,6 +144,9 @@ class Gradients:
     def add_kept(self, rows: Tensor, kept: Any, hidden: Tensor, projection: Projection) -> None:
         """`add` of a gradient that a backend returned as its kept entries."""
         valid = projection.weight.size(0)
+        if self.first and self.weight is not None:
+            self.weight.zero_()
+            self.first = False
         grad_hidden = None if self.hidden is None else torch.empty_like(hidden)
         grad_weight = None if self.weight is None else self.weight[:valid]
         grad_bias = None if self.bias is None else self.bias[:valid]

@@ -71,26 +71,17 @@ class LMHead:
     def from_model(cls, model: Any) -> LMHead:
         """The output head of a transformers causal language model.
 
-        Reads the weight and bias of `get_output_embeddings()`, `final_logit_softcapping` (Gemma)
-        and `logit_scale` (Cohere). A tied embedding stays tied: its gradient arrives at the
-        shared parameter.
+        Reads the weight and bias of `get_output_embeddings()`, `final_logit_softcapping` (Gemma), and the factor
+        that Cohere, Granite and others put on their logits. A tied embedding stays tied: its gradient arrives at
+        the shared parameter. LoRA on lm_head gives W + s B A, with gradients to A and B. A DTensor split over the
+        vocabulary gives this rank's rows and their VocabShard.
 
-        Raises ValueError where the model has no such head.
+        Raises ValueError where the model has no such head, or has it in a form that is not one matrix here (DoRA,
+        adapter dropout, FSDP shards), with what to do instead.
         """
-        module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        weight = getattr(module, "weight", None)
-        if weight is None:
-            raise ValueError(
-                f"{type(model).__name__} has no lm_head (get_output_embeddings() gave {type(module).__name__}); "
-                "load it with AutoModelForCausalLM, or build LMHead(weight, bias) yourself"
-            )
-        config = model.config.get_text_config()
-        return cls(
-            weight=weight,
-            bias=getattr(module, "bias", None),
-            softcap=getattr(config, "final_logit_softcapping", None),
-            scale=getattr(config, "logit_scale", None) or 1.0,
-        )
+        from .model_heads import head_of
+
+        return head_of(model)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ def expected(log_weight: Tensor, value: Tensor) -> Tensor:
     return weight * torch.where(weight > 0, value, 0.0)
 
 
-def log_mixture(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
+def log_mixture(log_q: Tensor, log_p: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
     """log M = log((1 - alpha) q + alpha p)"""
-    return torch.logaddexp(log_q + math.log1p(-alpha), log_p + math.log(alpha))
+    return torch.logaddexp(log_q + math.log1p(-alpha), log_p + math.log(alpha), out=out)
 
 
 def dense_divergence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .divergence import expected
@@ -27,3 +28,19 @@ def grad_of_logprobs(
     """d/dz of a·log q[y] + b·H + c·lse, short of the one-hot term a·1[y]: q (c - a - b (log q + H))"""
     slope = (grad_lse - grad_logprob)[:, None] - grad_entropy[:, None] * (log_q + entropy[:, None])
     return expected(log_q, slope)
+
+
+def unguarded_grad_(
+    log_q: Tensor,  # (C, V), overwritten
+    entropy: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """`grad_of_logprobs` in `out`, NaN where 0 meets infinity."""
+    constant = grad_lse - grad_logprob - grad_entropy * entropy
+    if not bool(grad_entropy.any()):
+        return torch.mul(log_q.exp_(), constant[:, None], out=out)
+    torch.mul(log_q, -grad_entropy[:, None], out=out).add_(constant[:, None])
+    return out.mul_(log_q.exp_())

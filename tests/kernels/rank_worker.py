@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -166,3 +167,26 @@ CHANGES: dict[str, dict[str, Any]] = {
     "weights": {"weights": True},
     "temperature": {"temperature": 0.5},
 }
+
+
+def split_model() -> tuple[torch.nn.Module, torch.Tensor]:
+    """Something with an lm_head of 37 rows, and hidden states for it."""
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.lm_head = torch.nn.Linear(5, 37, bias=False)
+    model.get_output_embeddings = lambda: model.lm_head
+    model.config = SimpleNamespace(get_text_config=SimpleNamespace)
+    return model, torch.randn(6, 5)
+
+
+def from_split_model(rank: int, _: None) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """Log-probs, the shard's start and the local gradient, of a weight that is a DTensor over all ranks."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    model, hidden = split_model()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight, mesh, [Shard(0)]))
+    head = LMHead.from_model(model)
+    logprobs = linear_logprobs(hidden, head, torch.arange(6) % 37).logprobs
+    logprobs.sum().backward()
+    return logprobs.detach(), head.shard.start, model.lm_head.weight.grad.to_local()
