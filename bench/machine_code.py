@@ -47,7 +47,8 @@ class Code:
     registers: int  # a thread: 32-bit, vector registers on AMD
     shared: int  # bytes a block
     stack: int  # bytes a thread
-    spills: int  # local loads and stores, or spilled registers on AMD
+    spills: int  # local loads and stores, or spilled vector registers on AMD
+    scalar_spills: int  # AMD: scalar registers kept in lanes of vector registers, not in memory
     matrix_instruction: str
     matrix_count: int
     wide_multiplies: int  # 64-bit address products
@@ -112,6 +113,7 @@ def _nvidia(asm: dict[str, Any], instruction: str) -> dict[str, Any]:
         "registers": registers,
         "stack": stack,
         "spills": sum(code.startswith(("STL", "LDL")) for _, code in listing),
+        "scalar_spills": 0,
         "matrix_count": len(re.findall(re.escape(instruction), asm["ptx"])),
         "loop": main_loop(listing, _sass_jumps(listing)),
     }
@@ -137,7 +139,8 @@ def _amd(asm: dict[str, Any], instruction: str) -> dict[str, Any]:
     return {
         "registers": numbers["vgpr_count"] + numbers["agpr_count"],
         "stack": numbers["private_segment_fixed_size"],
-        "spills": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
+        "spills": numbers["vgpr_spill_count"],
+        "scalar_spills": numbers["sgpr_spill_count"],
         "matrix_count": len(re.findall(instruction, text)),
         "loop": main_loop(listing, jumps),
     }

@@ -76,7 +76,8 @@ def code_row(code: Any) -> list[str]:
     total = sum(code.loop.values())
     loop = ", ".join(f"{kind} {count}" for kind, count in code.loop.items())
     matrix = f"{code.matrix_count} {code.matrix_instruction}" if code.matrix_count else "-"
-    sizes = (code.warps, code.stages or "-", code.registers, code.shared, code.stack, code.spills)
+    spills = f"{code.spills} (+{code.scalar_spills} scalar)" if code.scalar_spills else code.spills
+    sizes = (code.warps, code.stages or "-", code.registers, code.shared, code.stack, spills)
     occupied = f"{fit.share:.0%} ({fit.limit})"
     cells = (*sizes, matrix, fit.blocks, occupied, f"{total}: {loop}" if total else "no loop")
     return [code.case, code.arch, code.tile, *map(str, cells)]

@@ -228,7 +228,7 @@ def _topk_step(problem: DivergenceProblem, index: Tensor, z_s: Tensor, z_t: Tens
     top = [topk.support_side(z, support.indices, labels) for z in support[:2]]
     whole = PairStats(_merge(top[0], rest.student), _merge(top[1], rest.teacher), None)
     tail_lse = rest.student.logsumexp, rest.teacher.logsumexp
-    bucket = topk.buckets(support, (whole.student.logsumexp, whole.teacher.logsumexp), tail_lse, problem.add_tail)
+    bucket = topk.buckets(support, whole[:2], rest[:2], problem.add_tail)
     value, grads = topk.value_and_grad(bucket.log_q, bucket.log_p, problem.alpha)
     if not problem.add_tail:
         grads = torch.nn.functional.pad(grads, (0, 1))

@@ -18,7 +18,7 @@ from torch import Tensor
 from .spec import accumulation_dtype
 
 Needs = tuple[bool, bool, bool]  # which of dH, dW, db are wanted
-AddProduct = Callable[[Tensor, Tensor, Tensor, float], None]
+AddProduct = Callable[[Tensor, Tensor, Tensor, float, bool], None]
 
 
 @dataclass(frozen=True)
@@ -125,19 +125,18 @@ class Gradients:
         add_product: AddProduct | None = None,  # of the backend, see backends
     ) -> None:
         """In low precision dW is a product of float32 operands, exact and slow on GPUs, but for a backend that
-        can add a product of low-precision operands to float32. The first chunk overwrites dW."""
+        can add a product of low-precision operands to float32."""
         slope, valid = projection.slope, grad.size(1)
         low = grad if buffers.low is None else None
         if self.bias is not None:
             self.bias[:valid].add_(grad.sum(0), alpha=slope)
-        if self.weight is not None:
-            total = self.weight[:valid]
-            if low is not None or add_product is None:
-                total.addmm_(grad.T, hidden.to(grad.dtype), beta=0 if self.first else 1, alpha=slope)
-            else:
-                low = buffers.lowered(grad)
-                add_product(total.zero_() if self.first else total, low, hidden, slope)
-            self.first = False
+        if self.weight is not None and (low is not None or add_product is None):
+            beta = 0 if self.first else 1
+            self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), beta=beta, alpha=slope)
+        elif self.weight is not None and add_product is not None:
+            low = buffers.lowered(grad)
+            add_product(self.weight[:valid], low, hidden, slope, not self.first)
+        self.first = False
         if self.hidden is not None:
             low = buffers.lowered(grad) if low is None else low
             self.hidden[rows] = torch.mm(low, projection.weight).mul_(slope)

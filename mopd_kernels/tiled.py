@@ -107,10 +107,11 @@ def _gradients(
     products: tuple[Tensor | None, Tensor | None, Tensor | None] | None,  # dH (M, H), dW, db of all parameter rows
     needs: Needs,
 ) -> Gradients:
-    gradients = Gradients.empty(hidden, head, (needs[0], needs[1] and products is None, needs[2] and products is None))
     if products is None:
+        gradients = Gradients.empty(hidden, head, needs)
         gradients.complete(head)
         return gradients
+    gradients = Gradients.empty(hidden, head, (needs[0], False, False))
     if gradients.hidden is not None and products[0] is not None:
         gradients.hidden[kept] = products[0].to(hidden.dtype)
     return replace(gradients, weight=products[1], bias=products[2])

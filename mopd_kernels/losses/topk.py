@@ -104,13 +104,20 @@ def support_side(z: Tensor, indices: Tensor, labels: Tensor | None) -> SideStats
     return SideStats(maximum, shifted.exp().sum(1), divergence.expected(shifted, shifted).sum(1), label, argmax)
 
 
-def buckets(support: Support, lse: tuple[Tensor, Tensor], tail_lse: tuple[Tensor, Tensor], add_tail: bool) -> Buckets:
-    """Buckets of whole rows; lse and tail_lse are (C,) of student and teacher."""
+def buckets(
+    support: Support,
+    whole: tuple[SideStats, SideStats],  # of all entries, student and teacher
+    rest: tuple[SideStats, SideStats],  # of the entries outside the support
+    add_tail: bool,
+) -> Buckets:
+    """Maxima are subtracted first: a logsumexp of 1e4 holds a log-probability in float32 to 1e-3 only."""
     sides, masses = [], []
-    for z, whole, tail in zip(support[:2], lse, tail_lse, strict=True):
-        log_q = z - whole[:, None]
+    for z, row, outside in zip(support[:2], whole, rest, strict=True):
+        log_sum = row.sumexp.log()
+        log_q = (z - row.maximum[:, None]) - log_sum[:, None]
         masses.append(log_q.exp().sum(1).clamp_(max=1))
-        sides.append(torch.cat([log_q, (tail - whole)[:, None]], 1) if add_tail else log_q.log_softmax(1))
+        tail = (outside.maximum - row.maximum) + (outside.sumexp.log() - log_sum)
+        sides.append(torch.cat([log_q, tail[:, None]], 1) if add_tail else log_q.log_softmax(1))
     return Buckets(*sides, *masses)
 
 

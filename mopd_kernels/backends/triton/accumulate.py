@@ -160,9 +160,9 @@ def accumulate(
     )
 
 
-def add_product_(out: Tensor, grad: Tensor, hidden: Tensor, factor: float) -> None:
-    """out (V, H) in float32 += factor · gradᵀ (V, C) hidden (C, H), both of the head's low precision."""
-    accumulate(out, grad, hidden.contiguous(), transposed=True, add=True, factor=factor)
+def add_product_(out: Tensor, grad: Tensor, hidden: Tensor, factor: float, add: bool) -> None:
+    """out (V, H) in float32 (+)= factor · gradᵀ (V, C) hidden (C, H), both of the head's low precision."""
+    accumulate(out, grad, hidden.contiguous(), transposed=True, add=add, factor=factor)
 
 
 def _case(

@@ -28,8 +28,13 @@ ROWS = {
 }
 
 # Sorting networks are unrolled: the block decides how long the code and its compilation are.
-TOPK = {arch: Rows(block=512, warps=4, least=0) for arch in ARCHITECTURES} | {
-    "interpreter": Rows(block=256, warps=1, least=0)
+TOPK = {
+    "sm_80": Rows(block=512, warps=4, least=0),
+    "sm_90": Rows(block=512, warps=4, least=0),
+    "sm_100": Rows(block=512, warps=8, least=0),
+    "sm_120": Rows(block=512, warps=4, least=0),
+    "gfx942": Rows(block=512, warps=4, least=0),
+    "interpreter": Rows(block=256, warps=1, least=0),
 }
 
 
@@ -54,7 +59,7 @@ TILES = {
     "logprob": {
         "sm_80": Tile(128, 128, 32, warps=8, stages=4, pieces=2),
         "sm_90": Tile(128, 256, 64, warps=8, stages=3, tma=True),
-        "sm_100": Tile(128, 256, 64, warps=8, stages=3, pieces=4, tma=True),
+        "sm_100": Tile(128, 256, 64, warps=8, stages=3, pieces=2, tma=True),
         "sm_120": Tile(128, 128, 32, warps=8, stages=3, pieces=2),
         "gfx942": Tile(128, 128, 32, warps=8, stages=2),
         "interpreter": Tile(16, 32, 32, warps=1, stages=1, pieces=2),
