@@ -51,8 +51,9 @@ def start(processes: int, work: Callable[..., Any], arguments: list[Any], folder
 def _enter(rank: int, size: int, work: Callable[..., Any], arguments: list[Any], folder: str, timeout: float) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.barrier()  # a short timeout is meant for the work, not for starting processes on a busy machine
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), dist.group.WORLD)
     torch.save([_outcome(work, rank, argument) for argument in arguments], f"{folder}/{rank}.pt")
 
 
