@@ -126,7 +126,7 @@ def plot_pack(path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="row of the pack", xlim=(0, tree.unique_tokens))
     axes.set_title(f"{tree.unique_tokens} rows hold {tree.total_tokens} tokens; thin lines: where the tree branches")
-    axes.legend(handles=[Patch(color=c, label=k) for k, c in colours.items()], loc="lower left", fontsize=8)
+    figure.legend(handles=[Patch(color=c, label=k) for k, c in colours.items()], loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import yaml
+
 from mopd_train import rollout, train
-from mopd_train.cli import build_parser
 from mopd_train.config import Config
 
 from . import tree_cases
@@ -17,19 +18,18 @@ EXAMPLE = Path(__file__).parents[1] / "examples/smollm2.yaml"
 
 def set_up(model: Path, output: Path, quick: bool) -> train.Run:
     """The example's run. Its rate is tiny, so that every step starts from the same model."""
-    changes = {
-        "model.model_name_or_path": model,
-        "training.output_dir": output,
-        "training.learning_rate": 1e-12,
-        "training.report_to": "[]",
-    }
+    config = Config()
+    for section, values in yaml.safe_load(EXAMPLE.read_text()).items():
+        for key, value in values.items():
+            setattr(getattr(config, section), key, value)
+    config.model.model_name_or_path = str(model)
+    config.training.output_dir = str(output)
+    config.training.learning_rate = 1e-12
+    config.training.report_to = []
     if quick:  # random weights never succeed: a context that needs no peers
-        changes |= {"context.context": "none", "rollout.num_prompts": 2, "rollout.max_completion_length": 4}
-    arguments = ["train", "--config", str(EXAMPLE)]
-    arguments += [part for key, value in changes.items() for part in (f"--{key}", str(value))]
-    parser = build_parser()
-    options = parser.instantiate_classes(parser.parse_args(arguments))["train"]
-    return train.set_up(Config(**{name: options[name] for name in Config.__dataclass_fields__}))
+        config.context.context = "none"
+        config.rollout.num_prompts, config.rollout.max_completion_length = 2, 4
+    return train.set_up(config)
 
 
 def step(run: train.Run, number: int, tree: bool, prompts: int | None = None) -> dict[str, float]:

@@ -296,8 +296,12 @@ def random_op(backend: str, alpha: float, grad_filter: float, **head_options: ob
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "scale": 0.5}], ids=str)
 @pytest.mark.parametrize("grad_filter", [0.0, 1e-7, 1e-3])
 def test_op_with_filter_matches_eager(alpha, options, grad_filter):
-    for ours, eagers in zip(*(random_op(name, alpha, grad_filter, **options) for name in ("cpu", "eager")), strict=True):
-        tolerance = 2e-5 * float(eagers.detach().abs().max()) + 40 * 2e-6 * grad_filter  # entries at the filter may fall either way
+    for ours, eagers in zip(
+        *(random_op(name, alpha, grad_filter, **options) for name in ("cpu", "eager")), strict=True
+    ):
+        tolerance = (
+            2e-5 * float(eagers.detach().abs().max()) + 40 * 2e-6 * grad_filter
+        )  # entries at the filter may fall either way
         torch.testing.assert_close(ours, eagers, rtol=0, atol=tolerance)
 
 
