@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "static": "compile every Triton kernel ahead of time: registers, spills, tensor-core code, roofline model",
     "gpu": "measure on this machine's GPU: ours, dense, torch.compile, Liger, CCE",
+    "tree": "scoring, training and sampling over prefix trees against the plain way of transformers",
 }
 
 

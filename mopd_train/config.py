@@ -9,7 +9,7 @@ from mopd_kernels import Execution
 
 from .models import EMBEDDED
 
-ContextName = Literal["none", "1s", "2s", "1f", "1s1f", "2s1f", "all"]
+ContextName = Literal["none", "1s", "2s", "1f", "1s1f", "2s1f", "all", "random_peer", "score_ordered"]
 
 
 @dataclass
@@ -57,7 +57,8 @@ class RolloutConfig:
 @dataclass
 class ContextConfig:
     context: ContextName = "2s1f"
-    """What the teacher reads beside the prompt: none, 1s, 2s, 1f, 1s1f, 2s1f or all peers."""
+    """What the teacher reads beside the prompt: none, successes and failures counted (2s1f), all peers,
+    random_peer (one, whatever its verdict) or score_ordered (all, from the lowest reward to the highest)."""
     success_reward_threshold: float = 1.0
     """A rollout succeeds if its reward is at least this."""
     failure_solution_condition: Literal["always", "when_no_solution"] = "always"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,26 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from .config import ContextConfig
 from .rollout import Group, Messages, Rollout
 
-# name -> successes and failures shown, None for every one
-CONTEXTS: dict[str, tuple[int | None, int | None]] = {
-    "none": (0, 0),
-    "1s": (1, 0),
-    "2s": (2, 0),
-    "1f": (0, 1),
-    "1s1f": (1, 1),
-    "2s1f": (2, 1),
-    "all": (None, None),
-}
-
 THINKING = re.compile(r"<think>.*?(</think>|\Z)\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Peers:
-    """Indices of the rollouts shown to the teacher of one rollout."""
+    """Indices of the rollouts shown to the teacher of one rollout, in the order in which they stand."""
 
     successes: tuple[int, ...]
     failures: tuple[int, ...]
+    attempts: tuple[int, ...] = ()  # chosen whatever the verdict; each is labelled with its own
 
 
 @dataclass(frozen=True)
@@ -46,22 +37,57 @@ class TeacherPrompt:
     shows_feedback: bool
 
 
+# Peers out of the other judged rollouts of the group, which come in drawn order; threshold of success.
+Chooser = Callable[[Group, list[int], float], Peers]
+
+
+def counted(successes: int | None, failures: int | None) -> Chooser:
+    """The first so many successes, then failures; None for every one."""
+
+    def choose(group: Group, others: list[int], threshold: float) -> Peers:
+        right = [i for i in others if group.rollouts[i].succeeded(threshold)]
+        wrong = [i for i in others if group.rollouts[i].failed(threshold)]
+        return Peers(tuple(right[:successes]), tuple(wrong[:failures]))
+
+    return choose
+
+
+def random_peer(group: Group, others: list[int], threshold: float) -> Peers:
+    """The first in drawn order: a control for showing any peer at all."""
+    return Peers((), (), tuple(others[:1]))
+
+
+def score_ordered(group: Group, others: list[int], threshold: float) -> Peers:
+    """Every peer from the lowest reward to the highest, so that the best stands nearest to the answer."""
+    return Peers((), (), tuple(sorted(others, key=lambda i: group.rollouts[i].reward or 0.0)))
+
+
+CONTEXTS: dict[str, Chooser] = {
+    "none": counted(0, 0),
+    "1s": counted(1, 0),
+    "2s": counted(2, 0),
+    "1f": counted(0, 1),
+    "1s1f": counted(1, 1),
+    "2s1f": counted(2, 1),
+    "all": counted(None, None),
+    "random_peer": random_peer,
+    "score_ordered": score_ordered,
+}
+
+
 def choose_peers(group: Group, config: ContextConfig, seed: int) -> list[Peers]:
-    """Peers of every rollout: the first successes and failures that are not itself, in an order drawn from
-    `seed`: one order a group (shared) or one a rollout (random)."""
-    count = len(group.rollouts)
-    wanted_successes, wanted_failures = CONTEXTS[config.context]
-    chosen = []
-    for own in range(count):
-        order = list(range(count))
+    """Peers of every rollout, among the judged rollouts that are not itself, in an order drawn from `seed`: one
+    order a group (shared) or one a rollout (random)."""
+    choose, chosen = CONTEXTS[config.context], []
+    for own in range(len(group.rollouts)):
+        order = list(range(len(group.rollouts)))
         rng = random.Random(seed if config.peer_choice == "shared" else f"{seed}/{own}")
         rng.shuffle(order)
-        threshold = config.success_reward_threshold
-        successes = [i for i in order if i != own and group.rollouts[i].succeeded(threshold)][:wanted_successes]
-        failures = [i for i in order if i != own and group.rollouts[i].failed(threshold)][:wanted_failures]
-        if config.failure_solution_condition == "when_no_solution" and successes:
-            failures = []
-        chosen.append(Peers(tuple(successes), tuple(failures)))
+        others = [i for i in order if i != own and group.rollouts[i].reward is not None]
+        peers = choose(group, others, config.success_reward_threshold)
+        if config.failure_solution_condition == "when_no_solution" and peers.successes:
+            peers = replace(peers, failures=())
+        chosen.append(peers)
     return chosen
 
 
@@ -91,11 +117,13 @@ def _teacher_prompt(
 ) -> TeacherPrompt | None:
     if config.context == "none":
         return TeacherPrompt(group.prompt.token_ids, peers, shows_feedback=False)
-    feedback = _feedback(group, peers, config)
-    if not peers.successes and not peers.failures and not feedback:
+    shown = [group.rollouts[i] for i in (*peers.successes, *peers.failures, *peers.attempts)]
+    if not shown:
         return None
-    texts = [_shown(group.rollouts[i], config) for i in (*peers.successes, *peers.failures)]
-    templates = [config.success_template] * len(peers.successes) + [config.failure_template] * len(peers.failures)
+    right = [rollout.succeeded(config.success_reward_threshold) for rollout in shown]
+    feedback = _feedback(shown, right, config)
+    texts = [_shown(rollout, config) for rollout in shown]
+    templates = [config.success_template if succeeded else config.failure_template for succeeded in right]
     if feedback:
         texts.append(feedback)
         templates.append(config.feedback_template)
@@ -111,13 +139,13 @@ def _teacher_prompt(
     return TeacherPrompt(token_ids, peers, shows_feedback=feedback is not None)
 
 
-def _feedback(group: Group, peers: Peers, config: ContextConfig) -> str | None:
+def _feedback(shown: list[Rollout], right: list[bool], config: ContextConfig) -> str | None:
     """Feedback on the failures shown, where the condition asks for it."""
-    unwanted = config.feedback_condition == "when_no_solution" and peers.successes
+    unwanted = config.feedback_condition == "when_no_solution" and any(right)
     if config.feedback_condition == "never" or unwanted:
         return None
-    said = [text for i in peers.failures if (text := group.rollouts[i].feedback)]
-    return "\n".join(said) or None
+    said = [rollout.feedback for rollout, succeeded in zip(shown, right, strict=True) if not succeeded]
+    return "\n".join(text for text in said if text) or None
 
 
 def _shown(rollout: Rollout, config: ContextConfig) -> str:

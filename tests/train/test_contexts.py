@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
-from mopd_train.config import ContextConfig
+from mopd_train.config import ContextConfig, ContextName
 from mopd_train.contexts import CONTEXTS, Peers, choose_peers, encode_prompt, teacher_prompts
 from mopd_train.rollout import Group, Prompt, Rollout
 
@@ -29,10 +30,21 @@ def decoded(tokenizer, prompts, own):
     return tokenizer.decode(prompts[own].token_ids)
 
 
-@pytest.mark.parametrize("name", CONTEXTS)
+COUNTS = {
+    "none": (0, 0),
+    "1s": (1, 0),
+    "2s": (2, 0),
+    "1f": (0, 1),
+    "1s1f": (1, 1),
+    "2s1f": (2, 1),
+    "all": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
 def test_counts_of_a_mixed_group(tokenizer, name):
     mixed = group(tokenizer, [1, 0, 1, 0, 1, 0])
-    successes, failures = CONTEXTS[name]
+    successes, failures = COUNTS[name]
     for own, peers in enumerate(choose_peers(mixed, ContextConfig(context=name), seed=3)):
         others_right = [i for i in (0, 2, 4) if i != own]
         others_wrong = [i for i in (1, 3, 5) if i != own]
@@ -40,6 +52,32 @@ def test_counts_of_a_mixed_group(tokenizer, name):
         assert len(peers.failures) == (len(others_wrong) if failures is None else failures)
         assert set(peers.successes) <= set(others_right)
         assert set(peers.failures) <= set(others_wrong)
+
+
+def test_the_config_allows_every_context():
+    assert get_args(ContextName) == tuple(CONTEXTS)
+
+
+def test_a_random_peer_is_drawn_whatever_its_verdict(tokenizer):
+    mixed = group(tokenizer, [1, 0, None, 0, 1])
+    drawn = [choose_peers(mixed, ContextConfig(context="random_peer"), seed) for seed in range(40)]
+    for own in range(5):
+        seen = {peers[own].attempts for peers in drawn}
+        assert seen == {(i,) for i in (0, 1, 3, 4) if i != own}  # the one without verdict cannot be labelled
+    assert drawn[0] == choose_peers(mixed, ContextConfig(context="random_peer"), 0)
+
+
+def test_score_ordered_labels_each_peer_with_its_verdict(tokenizer):
+    texts = ["seven", "forty-two", "about forty", "forty"]
+    graded = group(tokenizer, [0.0, 1.0, 0.5, 0.2], texts, feedback="look again")
+    config = ContextConfig(context="score_ordered")
+    assert [peers.attempts for peers in choose_peers(graded, config, 0)] == [(3, 2, 1), (0, 3, 2), (0, 3, 1), (0, 2, 1)]
+    text = decoded(tokenizer, teacher_prompts(graded, tokenizer, config, {}, 0), own=0)
+    wrong, right = config.failure_template, config.success_template
+    blocks = [wrong.format(text="forty"), wrong.format(text="about forty"), right.format(text="forty-two")]
+    assert "".join(blocks) in text
+    assert "look again" not in text  # a success is shown
+    assert "look again" in decoded(tokenizer, teacher_prompts(graded, tokenizer, config, {}, 0), own=1)
 
 
 def test_shared_choice_gives_few_distinct_contexts(tokenizer):

@@ -1,0 +1,1 @@
+"""What the teacher's log-probs say about rollouts."""
