@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from .contexts import TeacherPrompt, teacher_prompts
 from .data import build_prompts, split_rows, step_prompts
 from .evaluate import Scores, completion_record, evaluate
 from .files import read_json, read_jsonl, write_json, write_jsonl
+from .metrics import Clock, check_finite, group_metrics
 from .models import load_model, load_tokenizer, stop_token_ids
 from .objectives import METHODS, TokenBatch
 from .rollout import Group, Prompt, Rollout, generate
@@ -180,7 +179,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         teacher_prompts(group, run.tokenizer, config.context, config.data.chat_template_kwargs, seed_of(run, step) + i)
         for i, group in enumerate(groups)
     ]
-    metrics = group_metrics(groups, contexts, config)
+    metrics = group_metrics(groups, contexts, config.context.success_reward_threshold)
     metrics |= learn(run, step, to_examples(groups, contexts), clock)
     return metrics | clock.metrics()
 
@@ -207,7 +206,7 @@ def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[st
                 normalizer=float(tokens),
             )
             result = METHODS["mopd"](token_batch, run.config)
-            check_finite(result.per_token, batch, step, run.accelerator.process_index)
+            check_finite(result.per_token, [e.rollout for e in batch], step, run.accelerator.process_index)
             run.accelerator.backward(result.loss)
         sums["loss"] += float(result.loss.detach())
         sums["entropy"] += float(result.student_entropy.sum()) / tokens
@@ -255,46 +254,6 @@ def micro_batches(examples: list[Example], size: int, tree: bool) -> Iterator[li
         yield ordered[first : first + size]
 
 
-def check_finite(per_token: torch.Tensor, batch: list[Example], step: int, rank: int) -> None:
-    bad = (~torch.isfinite(per_token)).nonzero()[:, 0].tolist()
-    if bad:
-        ends, total = [], 0
-        for example in batch:
-            total += len(example.rollout.token_ids)
-            ends.append(total)
-        rows = sorted({next(i for i, end in enumerate(ends) if token < end) for token in bad})
-        texts = [batch[row].rollout.text for row in rows[:3]]
-        raise FloatingPointError(
-            f"non-finite loss at step {step}, rank {rank}, in {len(bad)} tokens of rollouts {rows} of the micro-batch "
-            f"(first: {texts!r:.300}); nothing was updated, the last checkpoint is intact"
-        )
-
-
-def group_metrics(groups: list[Group], contexts: list[list[TeacherPrompt | None]], config: Config) -> dict[str, float]:
-    threshold = config.context.success_reward_threshold
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = [torch.tensor([r.reward for r in g.rollouts if r.reward is not None]) for g in groups]
-    rewards = [values for values in rewards if values.numel()]
-    shown = [prompt for prompts in contexts for prompt in prompts if prompt is not None]
-    spread = [float(values.std(correction=0)) for values in rewards]
-    return {
-        "reward": mean([float(values.mean()) for values in rewards]),
-        "reward_std": mean(spread),
-        "frac_reward_zero_std": mean([float(s == 0) for s in spread]),
-        "completions/mean_length": mean([len(r.token_ids) for r in rollouts]),
-        "completions/clipped_ratio": mean([float(not r.finished) for r in rollouts]),
-        "self_distillation/success_group_fraction": mean(
-            [float(any(r.succeeded(threshold) for r in g.rollouts)) for g in groups]
-        ),
-        "self_distillation/reprompt_sample_fraction": len(shown) / len(rollouts),
-        "self_distillation/teacher_prompt_length/mean": mean([len(prompt.token_ids) for prompt in shown]),
-    }
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
 def seed_of(run: Run, step: int) -> int:
     """Sampling depends on the run's seed and the step alone, so that a resumed run draws the same."""
     return run.config.training.seed * 1_000_003 + step * 1009
@@ -340,19 +299,3 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console)
-
-
-class Clock:
-    """Seconds by phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
-
-    def metrics(self) -> dict[str, float]:
-        return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
