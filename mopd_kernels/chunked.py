@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,6 +199,11 @@ def _teacher_logits(
 
 
 def _full_step(problem: DivergenceProblem, index: Tensor, z_s: Tensor, z_t: Tensor) -> Saved:
+    return Saved.empty(z_s, 0, 0)._replace(rows=full_rows(problem, index, z_s, z_t))
+
+
+def full_rows(problem: DivergenceProblem, index: Tensor, z_s: Any, z_t: Any) -> Tensor:
+    """DivergenceRows (R, C) over the full vocabulary, of logits in the form that the backend takes them."""
     backend, ranks, alpha = problem.backend, problem.ranks, problem.alpha
     labels = None if problem.labels is None else problem.labels[index]
     stats = ranks.pair(backend.pair_stats(z_s, z_t, labels, problem.student.start, alpha), alpha)
@@ -207,7 +212,7 @@ def _full_step(problem: DivergenceProblem, index: Tensor, z_s: Tensor, z_t: Tens
         lse = stats.student.logsumexp, stats.teacher.logsumexp
         kls = ranks.sums(*backend.mixture_sums(z_s, z_t, *lse, alpha))
     value, terms = divergence.value_and_terms(stats, kls, alpha)
-    return Saved.empty(z_s, 0, 0)._replace(rows=_rows(stats, labels, value, None, terms))
+    return _rows(stats, labels, value, None, terms)
 
 
 def _topk_step(problem: DivergenceProblem, index: Tensor, z_s: Tensor, z_t: Tensor) -> Saved:
@@ -277,7 +282,7 @@ def _add_gradients(
         if kept is not None:
             gradients.add_kept(index, kept, hidden, head)
             return
-    gradients.add(index, z_s, hidden, head, buffers)
+    gradients.add(index, z_s, hidden, head, buffers, getattr(problem.backend, "add_product_", None))
 
 
 def _to_gradient_(problem: DivergenceProblem, saved: Saved, coefficient: Tensor, z_s: Tensor, z_t: Tensor) -> None:

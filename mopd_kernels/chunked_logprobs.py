@@ -62,7 +62,8 @@ def logprobs_backward(
         _, entropy, lse = result[:, index]
         cap, start = problem.head.cap, problem.head.start
         problem.backend.logprob_grad_(z, lse, entropy, problem.labels[index], start, upstream, cap)
-        gradients.add(index, z, hidden, problem.head, buffers)
+        add_product = getattr(problem.backend, "add_product_", None)
+        gradients.add(index, z, hidden, problem.head, buffers, add_product)
     gradients.complete(problem.head)
     problem.ranks.reduce(gradients.hidden)
     return gradients

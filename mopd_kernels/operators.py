@@ -11,13 +11,14 @@ Legend: N tokens, V vocabulary rows of the parameter, H hidden, K contexts, R = 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
-from . import backends, chunked, chunked_logprobs
+from . import backends, chunked, chunked_logprobs, tiled
 from .checks import kept_mask
 from .chunked import DivergenceProblem, DivergenceRows, Saved
 from .chunked_logprobs import LogprobProblem
@@ -100,36 +101,47 @@ def divergence_with_grads(*arguments: Any) -> tuple[Tensor, ...]:
     weights = a.token_weights
     if weights is None:
         weights = a.student_hidden.new_ones(a.student_hidden.size(0), dtype=accumulation_dtype(a.student_hidden.dtype))
-    saved, gradients = chunked.divergence_forward(_divergence_problem(a), weights, _triple(a.needs))
+    problem = _divergence_problem(a)
+    saved, gradients = _loop(problem, chunked).divergence_forward(problem, weights, _triple(a.needs))
     return (saved.rows[0] * weights).sum(), saved.rows, *_as_parameters(gradients, *a[:2])
 
 
 @_operator("divergence", DivergenceArguments, returns=4)
 def divergence(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of Saved; gradients flow through row 0 of the first, the divergence of each token."""
-    return tuple(chunked.divergence_forward(_divergence_problem(DivergenceArguments(*arguments)))[0])
+    problem = _divergence_problem(DivergenceArguments(*arguments))
+    return tuple(_loop(problem, chunked).divergence_forward(problem)[0])
 
 
 @_operator("divergence_backward", DivergenceArguments, returns=3, extra="grad rows context_lse support bucket_grads")
 def divergence_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """dH, dW, db of sum_i grad_i d_i."""
     saved, a = Saved(*rest[:4]), DivergenceArguments(*rest[4:])
-    gradients = chunked.divergence_backward(_divergence_problem(a, agree=False), saved, grad, _triple(a.needs))
+    problem = _divergence_problem(a, agree=False)
+    gradients = _loop(problem, chunked).divergence_backward(problem, saved, grad, _triple(a.needs))
     return _as_parameters(gradients, *a[:2])
 
 
 @_operator("logprobs", LogprobArguments, returns=1)
 def logprobs(*arguments: Any) -> Tensor:
     """(3, N): log-prob of the label, entropy, logsumexp."""
-    return chunked_logprobs.logprobs_forward(_logprob_problem(LogprobArguments(*arguments)))
+    problem = _logprob_problem(LogprobArguments(*arguments))
+    result: Tensor = _loop(problem, chunked_logprobs).logprobs_forward(problem)
+    return result
 
 
 @_operator("logprobs_backward", LogprobArguments, returns=3, extra="grads result")
 def logprobs_backward(grads: Tensor, result: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """dH, dW, db of sum(grads * result)."""
     a = LogprobArguments(*arguments)
-    gradients = chunked_logprobs.logprobs_backward(_logprob_problem(a, agree=False), result, grads, _triple(a.needs))
+    problem = _logprob_problem(a, agree=False)
+    gradients = _loop(problem, chunked_logprobs).logprobs_backward(problem, result, grads, _triple(a.needs))
     return _as_parameters(gradients, *a[:2])
+
+
+def _loop(problem: DivergenceProblem | LogprobProblem, over_chunks: ModuleType) -> ModuleType:
+    """The loop over chunks of logits, or `tiled` for a backend that never forms them."""
+    return tiled if hasattr(problem.backend, "divergence_products") else over_chunks
 
 
 def _divergence_problem(a: DivergenceArguments, agree: bool = True) -> DivergenceProblem:

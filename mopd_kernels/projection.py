@@ -8,6 +8,7 @@ Legend: N tokens, C chunk, V vocabulary rows held here, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from .spec import accumulation_dtype
 
 Needs = tuple[bool, bool, bool]  # which of dH, dW, db are wanted
+AddProduct = Callable[[Tensor, Tensor, Tensor, float, bool], None]
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,31 @@ class Gradients:
         if self.weight is not None:
             self.weight[0 if self.first else head.weight.size(0) :].zero_()
 
-    def add(self, rows: Tensor, grad: Tensor, hidden: Tensor, projection: Projection, buffers: Buffers) -> None:
-        """Take d/dz `grad` (C, V) of the tokens `rows`, whose inputs are `hidden`."""
+    def add(
+        self,
+        rows: Tensor,
+        grad: Tensor,  # (C, V) d/dz of the tokens `rows`
+        hidden: Tensor,  # (C, H) their inputs
+        projection: Projection,
+        buffers: Buffers,
+        add_product: AddProduct | None = None,  # of the backend, see backends
+    ) -> None:
+        """In low precision dW is a product of float32 operands, exact and slow on GPUs, but for a backend that
+        can add a product of low-precision operands to float32."""
         slope, valid = projection.slope, grad.size(1)
+        low = grad if buffers.low is None else None
         if self.bias is not None:
             self.bias[:valid].add_(grad.sum(0), alpha=slope)
-        if self.weight is not None:
+        if self.weight is not None and (low is not None or add_product is None):
             beta = 0 if self.first else 1
             self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), beta=beta, alpha=slope)
-            self.first = False
+        elif self.weight is not None and add_product is not None:
+            low = buffers.lowered(grad)
+            add_product(self.weight[:valid], low, hidden, slope, not self.first)
+        self.first = False
         if self.hidden is not None:
-            self.hidden[rows] = torch.mm(buffers.lowered(grad), projection.weight).mul_(slope)
+            low = buffers.lowered(grad) if low is None else low
+            self.hidden[rows] = torch.mm(low, projection.weight).mul_(slope)
 
     def add_kept(self, rows: Tensor, kept: Any, hidden: Tensor, projection: Projection) -> None:
         """`add` of a gradient that a backend returned as its kept entries."""

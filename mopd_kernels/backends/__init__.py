@@ -9,6 +9,9 @@
     topk(z, k)                                       -> values, columns (optional: eager's serves all)
     divergence_grad_kept_(z_s, z_t, ... as divergence_grad_)                  -> entries above the filter or None
                                                      (optional: sparse products; None: z_s is the dense gradient)
+    divergence_products, logprob_products, Product    the backend never forms logits: statistics take a Product in
+                                                     their place, see `tiled` (optional)
+    add_product_(dW, grad, hidden, factor, add)      dW (+)= factor gradᵀ hidden, low precision into float32 (optional)
     COLUMN_MAJOR                                     chunks lie by vocabulary row, strides (1, C) (optional)
 
 `start` is the global index of column 0, `cap` is softcap / temperature or None: with it the gradient
@@ -25,7 +28,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-BACKENDS = {"eager": ".eager", "cpu": ".cpu", "triton": ".triton"}
+BACKENDS = {"eager": ".eager", "cpu": ".cpu", "triton": ".triton", "triton-tiles": ".triton.tiles"}
 
 logger = logging.getLogger(__name__)
 

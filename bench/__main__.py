@@ -1,0 +1,32 @@
+"""`python -m bench COMMAND`: one module a command, each with `add_arguments(parser)` and `main(options) -> code`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "static": "compile every Triton kernel ahead of time: registers, spills, tensor-core code, roofline model",
+    "gpu": "measure on this machine's GPU: ours, dense, torch.compile, Liger, CCE",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of mopd_kernels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == next(iter(arguments), None):  # only the chosen one: what it imports can depend on its options
+            module = importlib.import_module(f".{name}", __package__)
+            command.description, command.epilog = module.__doc__, module.EXAMPLES
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
+    options = parser.parse_args(arguments)
+    code: int = options.main(options)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The arithmetic of the kernels, written once: online statistics, mixtures, closed-form gradients.
+
+All of it accepts -inf logits (masked tails, forbidden tokens) without making a NaN: differences are
+guarded where both sides may be -inf, products where the weight is 0. Tensors have any one shape; scalars
+arrive as 0-d tensors of the accumulation dtype (`scalar`).
+"""
+
+import triton
+import triton.language as tl
+
+MINUS_INFINITY = tl.constexpr(float("-inf"))
+FORWARD_KL = tl.constexpr(0)
+REVERSE_KL = tl.constexpr(1)
+JENSEN_SHANNON = tl.constexpr(2)
+
+
+def kind_of(alpha: float) -> int:
+    """The KIND constexpr: the ends of alpha are separate losses, the value between is a run-time number."""
+    return {0.0: FORWARD_KL.value, 1.0: REVERSE_KL.value}.get(float(alpha), JENSEN_SHANNON.value)
+
+
+@triton.jit
+def scalar(value, dtype: tl.constexpr):
+    """A number in `dtype`: run-time floats arrive as float64, or as Python floats when interpreting."""
+    return tl.full((), value, dtype)
+
+
+@triton.jit
+def guarded(weight, value):
+    """weight * value, and 0 where the weight is 0, also for value = inf."""
+    return tl.where(weight > 0, weight * value, 0.0)
+
+
+@triton.jit
+def capped(x, cap, HAS_CAP: tl.constexpr):
+    """cap tanh(x / cap), through exp: tanh t = 1 - 2 / (exp(2 t) + 1), exact at both ends."""
+    if HAS_CAP:
+        x = cap - 2 * cap / (tl.exp(2 * (x / cap)) + 1)
+    return x
+
+
+@triton.jit
+def cap_slope(z, cap):
+    """d z / d x of the softcap, from z."""
+    return 1 - (z / cap) * (z / cap)
+
+
+@triton.jit
+def observe(z, column, maximum, sumexp, moment, argmax):
+    """One more logit in every lane's running (max, sum e^{z-m}, sum e^{z-m}(z-m), argmax), with a single exp.
+
+    rising: m' = z, s' = s e^{m-z} + 1, moment' = e^{m-z} (moment - (z - m) s); else e^{z-m} is added.
+    Also returns `rising`, the factor on old sums and the new term's weight, for a cross moment.
+    """
+    rising = z > maximum
+    gap = tl.where(z == maximum, 0.0, z - maximum)
+    shrink = tl.exp(-tl.abs(gap))
+    weight = tl.where(rising, 1.0, tl.where(z > MINUS_INFINITY, shrink, 0.0))
+    factor = tl.where(rising, shrink, 1.0)
+    moved = guarded(factor, moment - tl.where(rising & (factor > 0), gap, 0.0) * sumexp)
+    moment = moved + tl.where(rising, 0.0, guarded(weight, gap))
+    sumexp = sumexp * factor + weight
+    argmax = tl.where(rising, column, argmax)
+    maximum = tl.where(rising, z, maximum)
+    return maximum, sumexp, moment, argmax, factor, weight
+
+
+@triton.jit
+def fold(maximum, sumexp, moment, argmax, AXIS: tl.constexpr):
+    """Lanes into rows; also the lanes' factors, for a cross moment. Ties go to the lower column."""
+    top = tl.max(maximum, AXIS, keep_dims=True)
+    alive = maximum > MINUS_INFINITY
+    shift = tl.where(alive, maximum - top, 0.0)
+    factor = tl.where(alive, tl.exp(shift), 0.0)
+    winner = tl.min(tl.where(maximum == top, argmax, 2147483647), AXIS)
+    total = tl.sum(factor * sumexp, AXIS)
+    moment = tl.sum(guarded(factor, moment + shift * sumexp), AXIS)
+    return tl.max(maximum, AXIS), total, moment, winner, factor
+
+
+@triton.jit
+def logaddexp(a, b):
+    """log(e^a + e^b), -inf where both are."""
+    high = tl.maximum(a, b)
+    gap = tl.where(a == b, 0.0, tl.abs(a - b))
+    return high + tl.log(1 + tl.exp(-gap))
+
+
+@triton.jit
+def log_mixture(log_q, log_p, alpha):
+    """log((1 - alpha) q + alpha p)"""
+    return logaddexp(log_q + tl.log(1 - alpha), log_p + tl.log(alpha))
+
+
+@triton.jit
+def divergence_slope(log_q, log_p, student_kl, alpha, KIND: tl.constexpr):
+    """d(divergence)/dz of the student, closed form; `student_kl` as in losses.stats.Terms.
+
+    forward q - p;  reverse q (log q - log p - R);  Jensen-Shannon (1 - alpha) q (log q - log m - KL(q||M))
+    """
+    q = tl.exp(log_q)
+    if KIND == FORWARD_KL:
+        slope = q - tl.exp(log_p)
+    elif KIND == REVERSE_KL:
+        slope = guarded(q, log_q - log_p - student_kl)
+    else:
+        slope = guarded(q, (1 - alpha) * (log_q - log_mixture(log_q, log_p, alpha) - student_kl))
+    return slope
+
+
+@triton.jit
+def logprob_slope(log_q, entropy, is_label, grad_logprob, grad_entropy, grad_lse):
+    """d/dz of a·log q[y] + b·H + c·lse: q (c - a - b (log q + H)) + a·1[y]"""
+    slope = guarded(tl.exp(log_q), grad_lse - grad_logprob - grad_entropy * (log_q + entropy))
+    return slope + tl.where(is_label, grad_logprob, 0.0)
+
+
+@triton.jit
+def filtered(slope, threshold, HAS_FILTER: tl.constexpr):
+    """0 where |slope| <= threshold."""
+    if HAS_FILTER:
+        slope = tl.where(tl.abs(slope) <= threshold, 0.0, slope)
+    return slope
