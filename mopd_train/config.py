@@ -123,6 +123,9 @@ class TrainingConfig:
     rollout.num_generations keep groups, and so shared prefixes, together."""
     tree: bool = True
     """Compute prefixes that rollouts of a group share once, in the teacher and in the student."""
+    max_pack_tokens: int = 16384
+    """Tokens of a packed teacher forward, which bounds its memory; a longer sequence still goes in one piece.
+    Cutting a group repeats its shared prefix: a whole group should fit."""
     seed: int = 0
     """Seeds data order, sampling and peer choice."""
     save_steps: int = 50
@@ -178,6 +181,7 @@ def validate(config: Config) -> None:
         "rollout.generation_batch_size": rollout.generation_batch_size,
         "training.max_steps": training.max_steps,
         "training.per_device_train_batch_size": training.per_device_train_batch_size,
+        "training.max_pack_tokens": training.max_pack_tokens,
         "training.save_steps": training.save_steps,
         "training.save_total_limit": training.save_total_limit,
         "data.max_prompt_length": config.data.max_prompt_length,

@@ -231,8 +231,9 @@ def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[st
 def hidden_states(run: Run, model: PreTrainedModel, batch: list[Example], teacher: bool) -> tuple[torch.Tensor, int]:
     prompts = [example.teacher_prompt_ids if teacher else example.prompt_ids for example in batch]
     completions = [example.rollout.token_ids for example in batch]
+    settings, pad_id = run.config.training, int(run.tokenizer.pad_token_id)
     with torch.set_grad_enabled(not teacher):
-        return completion_hidden(model, prompts, completions, int(run.tokenizer.pad_token_id), run.config.training.tree)
+        return completion_hidden(model, prompts, completions, pad_id, settings.tree, settings.max_pack_tokens)
 
 
 def to_examples(groups: list[Group], contexts: list[list[TeacherPrompt | None]]) -> list[Example]:

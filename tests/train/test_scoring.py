@@ -38,6 +38,17 @@ def test_states_predict_the_completion_tokens(model, tree):
     torch.testing.assert_close(hidden @ model.lm_head.weight.T, dense_logits(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("max_pack_tokens", [1, 8, 11])
+def test_packs_under_a_budget_change_nothing_but_the_tokens(model, max_pack_tokens):
+    """Budgets below the longest sequence, 6 tokens, take one sequence each."""
+    with torch.no_grad():
+        hidden, computed = completion_hidden(model, PROMPTS, COMPLETIONS, 2, True, max_pack_tokens)
+        whole, _ = completion_hidden(model, PROMPTS, COMPLETIONS, 2, True)
+    torch.testing.assert_close(hidden, whole, rtol=1e-4, atol=1e-6)
+    assert computed == {1: 17, 8: 17, 11: 16}[max_pack_tokens]
+    assert completion_hidden(model, PROMPTS, COMPLETIONS, 2, True, max_pack_tokens)[1] == 15  # gradients: one pack
+
+
 def batch_of(model, teacher, normalizer=7.0, tree=True):
     return TokenBatch(
         student_hidden=completion_hidden(model, PROMPTS, COMPLETIONS, pad_id=2, tree=tree)[0],
