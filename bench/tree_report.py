@@ -88,6 +88,8 @@ def plot_speedup(record: dict[str, Any], path: Path) -> None:
     left.minorticks_off()
     left.legend(fontsize=8)
     names = list(curve["contexts"])
+    if not names:
+        right.text(0.5, 0.5, "case curve: not run", ha="center", transform=right.transAxes)
     right.barh(names, [1 / curve["contexts"][name] for name in names])
     right.invert_yaxis()
     tokens = shape.analysis_rollout * 2
