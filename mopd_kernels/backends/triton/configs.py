@@ -31,7 +31,7 @@ ROWS = {
 TOPK = {
     "sm_80": Rows(block=512, warps=4, least=0),
     "sm_90": Rows(block=512, warps=4, least=0),
-    "sm_100": Rows(block=512, warps=8, least=0),
+    "sm_100": Rows(block=256, warps=4, least=0),
     "sm_120": Rows(block=512, warps=4, least=0),
     "gfx942": Rows(block=512, warps=4, least=0),
     "interpreter": Rows(block=256, warps=1, least=0),
