@@ -58,7 +58,9 @@ def _make() -> dict[str, Tensor]:
     parts = [part for group in groups for part in _group_states(model, tokenizer, group)]
     student, teacher, labels = (torch.cat(column)[:TOKENS].contiguous() for column in zip(*parts, strict=True))
     if len(labels) < TOKENS:
-        raise RuntimeError(f"expected {TOKENS} completion tokens with peers, got {len(labels)}: raise bench.hidden.SAMPLING")
+        raise RuntimeError(
+            f"expected {TOKENS} completion tokens with peers, got {len(labels)}: raise bench.hidden.SAMPLING"
+        )
     return {"student": student, "teacher": teacher, "labels": labels}
 
 

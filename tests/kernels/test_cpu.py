@@ -52,7 +52,7 @@ def logits(C: int, V: int, dtype: torch.dtype, spread: float = 3.0, seed: int = 
 
 
 def assert_as_good(actual: Tensor, exact: Tensor, plain: Tensor, eps: float, name: str) -> None:
-    """No worse than three times the eager backend's own rounding in the same dtype, and a few units in the last place."""
+    """Up to three times the eager backend's own rounding in the same dtype, and some units in the last place."""
     assert torch.equal(actual.isfinite(), exact.isfinite()), name
     exact = exact.nan_to_num()
     error, reference = ((x.double().nan_to_num() - exact).abs().max() for x in (actual, plain))
@@ -108,7 +108,7 @@ def test_statistics(shape, dtype, alpha):
 def test_mixtures(shape, dtype):
     z_s, z_t = logits(*shape, dtype)
     lse_s, lse_t = z_s.logsumexp(1), z_t.logsumexp(1)
-    arguments = [(z.double(), t.double(), a.double(), b.double()) for z, t, a, b in [(z_s, z_t, lse_s, lse_t)]][0]
+    arguments = [x.double() for x in (z_s, z_t, lse_s, lse_t)]
     ours = cpu.mixture_sums(by_row(z_s), by_row(z_t, 5), lse_s, lse_t, 0.3)
     sums = zip(ours, eager.mixture_sums(*arguments, 0.3), eager.mixture_sums(z_s, z_t, lse_s, lse_t, 0.3), strict=True)
     for name, values in zip(("student", "teacher"), sums, strict=True):
@@ -296,8 +296,12 @@ def random_op(backend: str, alpha: float, grad_filter: float, **head_options: ob
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "scale": 0.5}], ids=str)
 @pytest.mark.parametrize("grad_filter", [0.0, 1e-7, 1e-3])
 def test_op_with_filter_matches_eager(alpha, options, grad_filter):
-    for ours, eagers in zip(*(random_op(name, alpha, grad_filter, **options) for name in ("cpu", "eager")), strict=True):
-        tolerance = 2e-5 * float(eagers.detach().abs().max()) + 40 * 2e-6 * grad_filter  # entries at the filter may fall either way
+    for ours, eagers in zip(
+        *(random_op(name, alpha, grad_filter, **options) for name in ("cpu", "eager")), strict=True
+    ):
+        tolerance = (
+            2e-5 * float(eagers.detach().abs().max()) + 40 * 2e-6 * grad_filter
+        )  # entries at the filter may fall either way
         torch.testing.assert_close(ours, eagers, rtol=0, atol=tolerance)
 
 
@@ -326,7 +330,7 @@ def test_default_backend_of_cpu_tensors(monkeypatch, caplog):
 
 def test_unknown_level_is_refused(monkeypatch):
     monkeypatch.setenv("MOPD_CPU_LEVEL", "mmx")
-    with pytest.raises(ValueError, match="expected MOPD_CPU_LEVEL in .*portable.*, got 'mmx'"):
+    with pytest.raises(ValueError, match=r"expected MOPD_CPU_LEVEL in .*portable.*, got 'mmx'"):
         cpu.side_stats(torch.zeros(1, 1), None, 0)
 
 
