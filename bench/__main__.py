@@ -7,6 +7,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "cpu": "measure on this machine's CPU: ours, plain GEMMs, dense, torch.compile, Liger, TRL, CCE (the default)",
     "static": "compile every Triton kernel ahead of time: registers, spills, tensor-core code, roofline model",
     "gpu": "measure on this machine's GPU: ours, dense, torch.compile, Liger, CCE",
     "tree": "scoring, training and sampling over prefix trees against the plain way of transformers",
@@ -15,6 +16,8 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
+        arguments = ["cpu", *arguments]
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of mopd_kernels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
