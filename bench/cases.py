@@ -42,8 +42,8 @@ CASES = {
     "gemma-3-270m, JSD": Case("divergence", N=192, H=640, V=262144, alpha=0.5),
 }
 QUICK = {
-    "smollm2": replace(REAL, N=384),
-    "smollm2, scoring": replace(REAL, N=384, task="score", products=1),
+    "smollm2": replace(REAL, N=256),
+    "smollm2, scoring": replace(REAL, N=256, task="score", products=1),
 }
 
 

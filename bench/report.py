@@ -16,6 +16,8 @@ def show(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     for title, header, rows in tables(record):
         table = Table(title=escape(title), title_justify="left")
         for column in header:

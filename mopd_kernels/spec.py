@@ -88,9 +88,9 @@ class LMHead:
 class Execution:
     """How an op is run. None of it changes the result, except `grad_filter`.
 
-    backend: "eager", "triton" or None to choose by device.
+    backend: "cpu", "eager", "triton", "triton-tiles" or None to choose by device.
     chunk_tokens: rows of logits held at a time; None derives it from `memory_budget`.
-    memory_budget: bytes for the logits buffers; None is 64 MiB on CPU and 1 GiB elsewhere.
+    memory_budget: bytes for the logits buffers; None is 80 MiB on CPU and 1 GiB elsewhere.
     grad_filter: entries of a token's d(loss)/d(logits), before token weight and normalizer, with
         |g| <= grad_filter are dropped from dH and dW. 0 is exact.
     save: "gradients" computes dH and dW in the forward (4 products), "statistics" keeps a few
