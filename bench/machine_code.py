@@ -83,7 +83,7 @@ def compiled(case: CompileCase, arch: str) -> Code:
     kernel = triton.compile(source, target=target(arch), options=case.options(arch))
     read = _amd if arch.startswith("gfx") else _nvidia
     launch, constants = case.launch[arch], case.constants(arch)
-    tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK", "BLOCK") if name in constants)
+    tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK", "DEEP", "BLOCK") if name in constants)
     return Code(
         case=case.name,
         kernel=case.kernel.__name__,
