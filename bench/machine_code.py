@@ -158,18 +158,13 @@ def _sass_jumps(listing: list[tuple[int, str]]) -> list[tuple[int, int]]:
 
 
 def main_loop(listing: list[tuple[int, str]], jumps: list[tuple[int, int]]) -> dict[str, int]:
-    """Instructions by kind of the loop with the most tensor-core instructions, of the innermost such; without any,
-    of the loop that is longest. Empty where the kernel has no loop."""
-    best: Counter[str] = Counter()
-    for end, start in jumps:
-        loop = Counter(kind_of(code) for place, code in listing if start <= place <= end)
-        size, chosen = sum(loop.values()), sum(best.values())
-        if (loop["tensor"], -size if loop["tensor"] else size) > (
-            best["tensor"],
-            -chosen if best["tensor"] else chosen,
-        ):
-            best = loop
-    return dict(best.most_common())
+    """Instructions by kind of the smallest loop with tensor-core instructions: that over H, inside of that over the
+    vocabulary. Without any, of the longest loop; empty where the kernel has none."""
+    loops = [Counter(kind_of(code) for place, code in listing if start <= place <= end) for end, start in jumps]
+    products = [loop for loop in loops if loop["tensor"]]
+    if products:
+        return dict(min(products, key=Counter.total).most_common())
+    return dict(max(loops, key=Counter.total).most_common()) if loops else {}
 
 
 def kind_of(code: str) -> str:
