@@ -85,8 +85,9 @@ void merge_side(const std::vector<T>& parts, std::int64_t tokens, std::int64_t l
         const T maximum = part(best, first_line);
         T sum = 0, moment = 0, crossed = 0;
         for (std::int64_t p = 0; p < count; ++p) {
-            const T part_sum = part(p, first_line + 1), shift = part(p, first_line) - maximum;
+            const T part_sum = part(p, first_line + 1);
             if (part_sum == 0) continue;
+            const T shift = std::max(T(FARTHEST), part(p, first_line) - maximum);
             const T factor = std::exp(shift);
             sum += factor * part_sum;
             moment += factor * (part(p, first_line + 2) + shift * part_sum);

@@ -6,6 +6,9 @@
 
 namespace mopd {
 
+// Bound of z - max in a moment: e to it is 0, and it stays finite times a sum, so no 0 * infinity arises.
+constexpr double FARTHEST = -1e30;
+
 enum class Loss { forward, reverse, mixture };
 
 // Logits by vocabulary row: the value of token i in row v is data[v * stride + i].

@@ -39,6 +39,7 @@ def _setup_with_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.needs, ctx.count = inputs[-1], len(inputs)
     ctx.dtypes = (inputs[0].dtype, inputs[1].dtype, inputs[1].dtype)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for dH and dW as outputs would be as large as they are
     ctx.save_for_backward(*output[2:])
 
 

@@ -44,7 +44,7 @@ def pick(name: str | None, example: Tensor) -> ModuleType:
 @cache
 def _on_cpu() -> str:
     try:
-        importlib.import_module(BACKENDS["cpu"], __name__).library()
+        importlib.import_module(BACKENDS["cpu"], __name__)
     except OSError as error:
         logger.warning(
             "no C++ kernels (%s): CPU tensors run on the eager backend, slower and exact all the same", error

@@ -147,9 +147,10 @@ def _label_logits(z: Tensor, labels: Tensor | None, start: int) -> Tensor:
 def _side(lines: Tensor, z: Tensor, labels: Tensor | None, start: int) -> SideStats:
     """From (4, C) of mopd_side_stats."""
     maximum, sumexp, moment, row = lines
+    label = _label_logits(z, labels, start)
     if z.size(1) == 0:
-        maximum = torch.full_like(maximum, MINUS_INFINITY)
-    return SideStats(maximum, sumexp, moment, _label_logits(z, labels, start), row + start)
+        return SideStats(torch.full_like(maximum, MINUS_INFINITY), sumexp, moment, label, row)
+    return SideStats(maximum, sumexp, moment, label, row + start)
 
 
 def side_stats(z: Tensor, labels: Tensor | None, start: int) -> SideStats:
@@ -301,3 +302,6 @@ def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, columns = z.new_empty(z.size(0), k), torch.empty(z.size(0), k, dtype=torch.int64)
     library().mopd_topk(_run(z), _plane(z), k, values.data_ptr(), columns.data_ptr())
     return values, columns
+
+
+library()  # importing the backend says whether it is built

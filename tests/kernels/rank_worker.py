@@ -190,3 +190,44 @@ def from_split_model(rank: int, _: None) -> tuple[torch.Tensor, int, torch.Tenso
     logprobs = linear_logprobs(hidden, head, torch.arange(6) % 37).logprobs
     logprobs.sum().backward()
     return logprobs.detach(), head.shard.start, model.lm_head.weight.grad.to_local()
+
+
+class SmallModel(torch.nn.Module):
+    """A trunk and a head; with `loss`, the log-probs of fixed labels are summed inside the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.lm_head = torch.nn.Linear(5, 5), torch.nn.Linear(5, 36, bias=False)
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.lm_head
+
+    def loss(self, hidden: torch.Tensor) -> torch.Tensor:
+        return linear_logprobs(hidden, LMHead.from_model(self), torch.arange(6) % 36).logprobs.sum()
+
+    def forward(self, x: torch.Tensor, loss: bool = False) -> torch.Tensor:
+        hidden = self.trunk(x)
+        return self.loss(hidden) if loss else hidden
+
+
+def fully_sharded(rank: int, _: None) -> tuple[str, list[torch.Tensor], list[torch.Tensor]]:
+    """The refusal outside, and the gradients of all ranks' tokens by the two ways that it names."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    x, model = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))[rank], SmallModel()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        LMHead.from_model(model)
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    model(x, loss=True).backward()
+    inside = [parameter.grad.full_tensor() for parameter in model.parameters()]
+    model.zero_grad()
+    hidden = model(x)
+    model.unshard()
+    model.loss(hidden).backward()
+    return refusal, inside, [parameter.grad.full_tensor() for parameter in model.parameters()]

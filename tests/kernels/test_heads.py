@@ -121,6 +121,20 @@ def test_a_split_weight_becomes_a_shard(tmp_path):
         torch.testing.assert_close(grad, expected[(0, 19)[rank] : (19, 37)[rank]])
 
 
+def test_a_fully_sharded_head_is_refused_and_the_ways_out_are_right(tmp_path):
+    model = rank_worker.SmallModel()
+    x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
+    (sum(model(part, loss=True) for part in x) / 2).backward()
+    for (outcome,) in rank_worker.start(2, rank_worker.fully_sharded, [None], tmp_path):
+        if isinstance(outcome, Exception):
+            raise outcome
+        refusal, *ways = outcome
+        assert "model.unshard()" in refusal
+        for grads in ways:
+            for grad, parameter in zip(grads, model.parameters(), strict=True):
+                torch.testing.assert_close(grad, parameter.grad)
+
+
 def distribution(head, hidden):
     z = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
     return head.scale * z

@@ -1,0 +1,1 @@
+"""A thin trainer for Multi-Rollout On-Policy Distillation."""

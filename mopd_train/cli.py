@@ -1,0 +1,87 @@
+"""The command line: mopd train | eval.
+
+Settings come from defaults, then --config FILE (YAML), then --section.key value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = {
+    "train": """examples:
+  mopd train --config examples/smollm2.yaml
+  mopd train --config examples/smollm2.yaml --training.max_steps 50 --context.context 1s
+  mopd train --config examples/smollm2.yaml --training.output_dir runs/a --training.resume_from_checkpoint latest
+  mopd train --data.task math --data.train_dataset train.jsonl --model.model_name_or_path Qwen/Qwen3-1.7B""",
+    "eval": """examples:
+  mopd eval --model.model_name_or_path runs/a/checkpoint-20
+  mopd eval --model.model_name_or_path embedded:smollm2 --evaluation.k 32 --output eval/base
+  mopd eval --model.model_name_or_path runs/a/checkpoint-20 --data.task math --data.eval_dataset test.jsonl""",
+}
+
+
+def build_parser() -> Any:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from .config import Config
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+    def command(name: str, text: str) -> Any:
+        parser = ArgumentParser(
+            description=text, epilog=EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--config", action="config", help="YAML file with any of the sections below")
+        parser.add_class_arguments(Config, fail_untyped=True)
+        return parser
+
+    parser = ArgumentParser(prog="mopd", description="Multi-Rollout On-Policy Distillation")
+    commands = parser.add_subcommands(required=True)
+    commands.add_subcommand("train", command("train", "Train a student by MOPD."), help="train a student")
+    evaluation = command("eval", "mean@k and pass@k of a model on held-out prompts.")
+    evaluation.add_argument("--output", type=str, default="eval", help="folder for scores.json and completions.jsonl")
+    commands.add_subcommand("eval", evaluation, help="mean@k and pass@k of a model or checkpoint")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    # Idle OpenMP threads that spin make small products many times slower on busy machines.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    quieten()
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        _run(parser.instantiate_classes(parsed))
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
+        if os.environ.get("MOPD_DEBUG"):
+            raise
+        print(f"mopd: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _run(parsed: Any) -> None:
+    from .config import Config
+
+    options = parsed[parsed.subcommand]
+    config = Config(**{name: options[name] for name in Config.__dataclass_fields__})
+    if parsed.subcommand == "train":
+        from .train import train
+
+        train(config)
+    else:
+        from .evaluate import evaluate_command
+
+        evaluate_command(config, Path(options.output))
+
+
+def quieten() -> None:
+    """Warnings of libraries that repeat for every call and that no user can act on."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,0 +1,65 @@
+"""The output folder of a run: who owns it, its metrics, its trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .files import read_json, read_jsonl, write_json, write_jsonl
+
+logger = logging.getLogger(__name__)
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+MAY_CHANGE = {"max_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "output_dir"}
+
+
+def claim(config: Config, resuming: bool) -> Path:
+    """The folder, made ours. FileExistsError if it holds another run and neither resuming nor overwriting."""
+    folder = Path(config.training.output_dir)
+    if config.training.overwrite_output_dir and not resuming and (folder / RUN).is_file():
+        shutil.rmtree(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / RUN).is_file():
+            raise FileExistsError(f"training.output_dir={folder} is not empty and holds no run: choose another folder")
+        if not resuming:
+            raise FileExistsError(
+                f"training.output_dir={folder} holds another run: choose another folder, go on with it by "
+                "--training.resume_from_checkpoint latest, or replace it by --training.overwrite_output_dir true"
+            )
+        _warn_of_changes(read_json(folder / RUN), config.as_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN, config.as_dict())
+    return folder
+
+
+def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for section, fields in now.items():
+        for key, value in fields.items():
+            old = before.get(section, {}).get(key)
+            if old != value and key not in MAY_CHANGE:
+                logger.warning("resuming with %s.%s=%r, the run began with %r", section, key, value, old)
+
+
+class MetricsFile:
+    """metrics.jsonl: one line a step, on disk before the next step begins."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Lines of steps that will be run again are dropped."""
+        self.path = folder / METRICS
+        kept = [row for row in read_jsonl(self.path) if row["step"] <= first_step] if self.path.is_file() else []
+        write_jsonl(self.path, kept)
+        self.handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.handle.write(json.dumps(row) + "\n")
+        self.handle.flush()
+        os.fsync(self.handle.fileno())
+
+    def close(self) -> None:
+        self.handle.close()
