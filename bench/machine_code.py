@@ -83,7 +83,7 @@ def compiled(case: CompileCase, arch: str) -> Code:
     kernel = triton.compile(source, target=target(arch), options=case.options(arch))
     read = _amd if arch.startswith("gfx") else _nvidia
     launch, constants = case.launch[arch], case.constants(arch)
-    tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK", "BLOCK") if name in constants)
+    tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK", "DEEP", "BLOCK") if name in constants)
     return Code(
         case=case.name,
         kernel=case.kernel.__name__,
@@ -158,18 +158,13 @@ def _sass_jumps(listing: list[tuple[int, str]]) -> list[tuple[int, int]]:
 
 
 def main_loop(listing: list[tuple[int, str]], jumps: list[tuple[int, int]]) -> dict[str, int]:
-    """Instructions by kind of the loop with the most tensor-core instructions, of the innermost such; without any,
-    of the loop that is longest. Empty where the kernel has no loop."""
-    best: Counter[str] = Counter()
-    for end, start in jumps:
-        loop = Counter(kind_of(code) for place, code in listing if start <= place <= end)
-        size, chosen = sum(loop.values()), sum(best.values())
-        if (loop["tensor"], -size if loop["tensor"] else size) > (
-            best["tensor"],
-            -chosen if best["tensor"] else chosen,
-        ):
-            best = loop
-    return dict(best.most_common())
+    """Instructions by kind of the smallest loop with tensor-core instructions: that over H, inside of that over the
+    vocabulary. Without any, of the longest loop; empty where the kernel has none."""
+    loops = [Counter(kind_of(code) for place, code in listing if start <= place <= end) for end, start in jumps]
+    products = [loop for loop in loops if loop["tensor"]]
+    if products:
+        return dict(min(products, key=Counter.total).most_common())
+    return dict(max(loops, key=Counter.total).most_common()) if loops else {}
 
 
 def kind_of(code: str) -> str:

@@ -54,6 +54,7 @@ def small_blocks(monkeypatch):
     """Rows of several programs, each of several blocks."""
     for table in (configs.ROWS, configs.TOPK):
         monkeypatch.setitem(table, "interpreter", configs.Rows(block=64, warps=1, least=128))
+    monkeypatch.setitem(configs.STATISTICS, "interpreter", configs.Rows(block=32, warps=1, least=128, deep=2))
 
 
 @pytest.mark.usefixtures("small_blocks")

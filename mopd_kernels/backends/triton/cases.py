@@ -54,7 +54,7 @@ class CompileCase:
         if isinstance(launch, configs.Tile):
             constants |= {"BM": launch.m, "BN": launch.n, "BK": launch.k, "TMA": launch.tma, "PIECES": launch.pieces}
         else:
-            constants |= {"BLOCK": launch.block}
+            constants |= {"BLOCK": launch.block, "DEEP": launch.deep}
         if arch.startswith("gfx") and constants.get("PRECISION", "").startswith("tf32"):
             constants["PRECISION"] = PRECISION_ON_AMD
         return {name: value for name, value in constants.items() if name in self.kernel.arg_names}

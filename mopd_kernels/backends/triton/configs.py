@@ -11,11 +11,18 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 class Rows(NamedTuple):
-    """A row kernel: `block` columns a step; a row is split over programs in pieces of at least `least` columns."""
+    """A row kernel: `block` lanes of `deep` columns a step; a row is split over programs in pieces of at least
+    `least` columns."""
 
     block: int
     warps: int
     least: int
+    deep: int = 1
+
+    def of_items(self, size: int) -> "Rows":
+        """The same bytes a load for elements of `size` bytes: numbers here are for 4. Lanes must fill the warps
+        with 128-bit loads exactly, or the columns of a lane would lie in several warps."""
+        return self._replace(block=self.block * 4 // size, deep=max(1, self.deep * size // 4))
 
 
 ROWS = {
@@ -25,6 +32,15 @@ ROWS = {
     "sm_120": Rows(block=1024, warps=4, least=8192),
     "gfx942": Rows(block=1024, warps=4, least=8192),
     "interpreter": Rows(block=256, warps=1, least=256),
+}
+
+STATISTICS = {
+    "sm_80": Rows(block=512, warps=4, least=8192, deep=4),
+    "sm_90": Rows(block=512, warps=4, least=8192, deep=4),
+    "sm_100": Rows(block=512, warps=4, least=8192, deep=4),
+    "sm_120": Rows(block=512, warps=4, least=8192, deep=4),
+    "gfx942": Rows(block=1024, warps=4, least=8192, deep=4),
+    "interpreter": Rows(block=64, warps=1, least=256, deep=4),
 }
 
 # Sorting networks are unrolled: the block decides how long the code and its compilation are.
@@ -59,7 +75,7 @@ TILES = {
     "logprob": {
         "sm_80": Tile(128, 128, 32, warps=8, stages=4, pieces=2),
         "sm_90": Tile(128, 256, 64, warps=8, stages=3, tma=True),
-        "sm_100": Tile(128, 256, 64, warps=8, stages=3, pieces=2, tma=True),
+        "sm_100": Tile(128, 128, 64, warps=8, stages=3, pieces=4, tma=True),
         "sm_120": Tile(128, 128, 32, warps=8, stages=3, pieces=2),
         "gfx942": Tile(128, 128, 32, warps=8, stages=2),
         "interpreter": Tile(16, 32, 32, warps=1, stages=1, pieces=2),

@@ -46,23 +46,24 @@ def cap_slope(z, cap):
 
 
 @triton.jit
-def observe(z, column, maximum, sumexp, moment, argmax):
-    """One more logit in every lane's running (max, sum e^{z-m}, sum e^{z-m}(z-m), argmax), with a single exp.
+def observe(z, column, maximum, sumexp, moment, argmax, AXIS: tl.constexpr):
+    """A tile of logits into running statistics (max, sum e^{z-m}, sum e^{z-m}(z-m), argmax), reduced over AXIS.
 
-    rising: m' = z, s' = s e^{m-z} + 1, moment' = e^{m-z} (moment - (z - m) s); else e^{z-m} is added.
-    Also returns `rising`, the factor on old sums and the new term's weight, for a cross moment.
+    m' = max(m, z), s' = e^{m-m'} s + sum e^{z-m'}, moment' = e^{m-m'} (moment + (m - m') s) + sum e^{z-m'}(z-m').
+    Ties go to the lower column. Also returns the factor e^{m-m'} and the weights e^{z-m'}, for a cross moment.
     """
-    rising = z > maximum
-    gap = tl.where(z == maximum, 0.0, z - maximum)
-    shrink = tl.exp(-tl.abs(gap))
-    weight = tl.where(rising, 1.0, tl.where(z > MINUS_INFINITY, shrink, 0.0))
-    factor = tl.where(rising, shrink, 1.0)
-    moved = guarded(factor, moment - tl.where(rising & (factor > 0), gap, 0.0) * sumexp)
-    moment = moved + tl.where(rising, 0.0, guarded(weight, gap))
-    sumexp = sumexp * factor + weight
-    argmax = tl.where(rising, column, argmax)
-    maximum = tl.where(rising, z, maximum)
-    return maximum, sumexp, moment, argmax, factor, weight
+    top = tl.max(z, AXIS)
+    at_top = tl.where(z == tl.expand_dims(top, AXIS), column, 2147483647)
+    argmax = tl.where(top > maximum, tl.min(at_top, AXIS), argmax)
+    risen = tl.maximum(maximum, top)
+    base = tl.where(risen > MINUS_INFINITY, risen, 0.0)
+    drop = maximum - base
+    factor = tl.exp(drop)
+    gap = z - tl.expand_dims(base, AXIS)
+    weight = tl.exp(gap)
+    moment = guarded(factor, moment + drop * sumexp) + tl.sum(guarded(weight, gap), AXIS)
+    sumexp = factor * sumexp + tl.sum(weight, AXIS)
+    return risen, sumexp, moment, argmax, factor, weight
 
 
 @triton.jit

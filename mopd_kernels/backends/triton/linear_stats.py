@@ -16,7 +16,7 @@ from torch import Tensor
 from ...losses.stats import PairStats, SideStats
 from . import configs, device
 from .cases import CompileCase
-from .formulas import FORWARD_KL, JENSEN_SHANNON, REVERSE_KL, guarded, kind_of
+from .formulas import FORWARD_KL, JENSEN_SHANNON, REVERSE_KL, guarded, kind_of, observe
 from .products import (
     GROUP,
     Product,
@@ -31,22 +31,10 @@ from .row_stats import SIDE_FIELDS, merged, paired, store_side
 
 
 @triton.jit
-def _observe_tile(z, column, label, out, maximum, sumexp, moment, argmax):
-    """A tile (BM, BN) of logits into the rows' running statistics (BM,); also what a cross moment needs."""
-    top = tl.max(z, 1)
-    where = tl.min(tl.where(z == top[:, None], column[None, :], 2147483647), 1)
-    risen = tl.maximum(maximum, top)
-    base = tl.where(risen > float("-inf"), risen, 0.0)
-    gap = z - base[:, None]
-    weight = tl.exp(gap)
-    drop = maximum - base
-    factor = tl.exp(drop)
-    moment = guarded(factor, moment + drop * sumexp) + tl.sum(guarded(weight, gap), 1)
-    sumexp = factor * sumexp + tl.sum(weight, 1)
-    argmax = tl.where(top > maximum, where, argmax)
+def _store_label(out, z, column, label):
+    """A label's logit is stored when its tile is met: carried along, it would cost registers."""
     chosen = tl.max(tl.where(column[None, :] == label[:, None], z, float("-inf")), 1)
     tl.store(out, chosen, mask=chosen > float("-inf"))
-    return risen, sumexp, moment, argmax, factor, weight
 
 
 @triton.jit
@@ -123,16 +111,14 @@ def _linear_stats_kernel(
         for piece in tl.static_range(PIECES):
             column = at + piece * (BN // PIECES) + tl.arange(0, BN // PIECES)
             z_s = logits_of(parts_s[piece], bias_s, column, columns, slope_s, cap_s, HAS_BIAS_S, HAS_CAP_S)
-            m_s, s_s, mom_s, arg_s, factor, weight = _observe_tile(
-                z_s, column, label, out + 3 * stride, m_s, s_s, mom_s, arg_s
-            )
+            _store_label(out + 3 * stride, z_s, column, label)
+            m_s, s_s, mom_s, arg_s, factor, weight = observe(z_s, column[None, :], m_s, s_s, mom_s, arg_s, 1)
             if PAIR:
                 z_t = logits_of(parts_t[piece], bias_t, column, columns, slope_t, cap_t, HAS_BIAS_T, HAS_CAP_T)
                 if KIND == REVERSE_KL:
                     cross = guarded(factor, cross) + tl.sum(guarded(weight, z_s - z_t), 1)
-                m_t, s_t, mom_t, arg_t, factor, weight = _observe_tile(
-                    z_t, column, label, out + 8 * stride, m_t, s_t, mom_t, arg_t
-                )
+                _store_label(out + 8 * stride, z_t, column, label)
+                m_t, s_t, mom_t, arg_t, factor, weight = observe(z_t, column[None, :], m_t, s_t, mom_t, arg_t, 1)
                 if KIND == FORWARD_KL:
                     cross = guarded(factor, cross) + tl.sum(guarded(weight, z_t - z_s), 1)
     store_side(out, stride, m_s, s_s, mom_s, arg_s + start, mask)

@@ -1,8 +1,8 @@
 """One pass over a chunk of logits: online maximum, sum, moments, label and argmax of a row.
 
 A row is read by P programs, each over its own columns; their parts are merged by a second kernel in a fixed
-order, so that runs repeat bit for bit. Inside a program every lane keeps its own statistics, so the loop has
-no barrier between warps.
+order, so that runs repeat bit for bit. Inside a program every lane keeps its own statistics of DEEP
+columns a step, so the loop has no barrier between warps and rescales once a step.
 
 Legend: C rows, V columns, P programs a row, F fields (5 a side, and 1 for the cross moment).
 """
@@ -33,11 +33,12 @@ def _row_stats_kernel(
     stride_s: tl.int64,
     stride_t: tl.int64,
     start: tl.int32,
-    width: tl.int32,  # columns a program, a multiple of BLOCK
+    width: tl.int32,  # columns a program, a multiple of DEEP * BLOCK
     PAIR: tl.constexpr,
     KIND: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEEP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * width
@@ -53,18 +54,19 @@ def _row_stats_kernel(
     m_s, s_s, mom_s, arg_s = lowest, zero, zero, nowhere
     m_t, s_t, mom_t, arg_t = lowest, zero, zero, nowhere
     cross = zero
-    for offset in range(first, stop, BLOCK):
-        column = offset + tl.arange(0, BLOCK)
+    tile = tl.arange(0, DEEP)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    for offset in range(first, stop, DEEP * BLOCK):
+        column = offset + tile
         here = column < stop
         x_s = tl.load(z_s + column, mask=here, other=float("-inf")).to(dtype)
-        m_s, s_s, mom_s, arg_s, factor_s, weight_s = observe(x_s, column, m_s, s_s, mom_s, arg_s)
+        m_s, s_s, mom_s, arg_s, factor, weight = observe(x_s, column, m_s, s_s, mom_s, arg_s, 0)
         if PAIR:
             x_t = tl.load(z_t + column, mask=here, other=float("-inf")).to(dtype)
-            m_t, s_t, mom_t, arg_t, factor_t, weight_t = observe(x_t, column, m_t, s_t, mom_t, arg_t)
             if KIND == REVERSE_KL:
-                cross = guarded(factor_s, cross) + guarded(weight_s, x_s - x_t)
-            elif KIND == FORWARD_KL:
-                cross = guarded(factor_t, cross) + guarded(weight_t, x_t - x_s)
+                cross = guarded(factor, cross) + tl.sum(guarded(weight, x_s - x_t), 0)
+            m_t, s_t, mom_t, arg_t, factor, weight = observe(x_t, column, m_t, s_t, mom_t, arg_t, 0)
+            if KIND == FORWARD_KL:
+                cross = guarded(factor, cross) + tl.sum(guarded(weight, x_t - x_s), 0)
 
     label = -1
     if HAS_LABELS:
@@ -169,7 +171,8 @@ def merged(parts: Tensor, pair: bool, kind: int) -> Tensor:
 def split(rows: int, columns: int, config: configs.Rows, processors: int) -> tuple[int, int]:
     """(programs a row, columns each): about eight programs a processor, none with less than `config.least`."""
     wanted = max(1, min(8 * processors // max(1, rows), columns // config.least))
-    width = triton.cdiv(triton.cdiv(columns, wanted), config.block) * config.block
+    step = config.block * config.deep
+    width = triton.cdiv(triton.cdiv(columns, wanted), step) * step
     return triton.cdiv(columns, width), width
 
 
@@ -177,7 +180,7 @@ def _row_stats(z_s: Tensor, z_t: Tensor | None, labels: Tensor | None, start: in
     """(F, C), whole rows."""
     device.require(z_s)
     rows, columns = z_s.shape
-    config = configs.ROWS[device.architecture(z_s)]
+    config = configs.STATISTICS[device.architecture(z_s)].of_items(z_s.element_size())
     count, width = split(rows, columns, config, device.processors(z_s))
     pair = z_t is not None
     fields = SIDE_FIELDS if z_t is None else 2 * SIDE_FIELDS + (kind != JENSEN_SHANNON.value)
@@ -198,6 +201,7 @@ def _row_stats(z_s: Tensor, z_t: Tensor | None, labels: Tensor | None, start: in
             KIND=kind,
             HAS_LABELS=labels is not None,
             BLOCK=config.block,
+            DEEP=config.deep,
             num_warps=config.warps,
         )
     return merged(parts, pair, kind)
@@ -242,7 +246,7 @@ def _case(name: str, dtype: str, pair: bool, kind: int) -> CompileCase:
         _row_stats_kernel,
         {"z_s": f"*{dtype}", "z_t": f"*{dtype}", "labels": "*i64", "parts": "*fp32"},
         {"PAIR": pair, "KIND": kind, "HAS_LABELS": True},
-        configs.ROWS,
+        {arch: rows.of_items(4 if dtype == "fp32" else 2) for arch, rows in configs.STATISTICS.items()},
     )
 
 
