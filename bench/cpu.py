@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from .origin import commit, processor
 
 EXAMPLES = """examples:
   python -m bench cpu --quick
@@ -84,7 +85,7 @@ def run(name: str, case: Any, options: argparse.Namespace) -> dict[str, Any]:
         rows.append(row)
         try:
             step = provider.build(case, drawn)
-            row["errors"] = errors(step, expected)
+            row["errors"] = errors(step(), expected)
         except (ImportError, OSError) as error:
             row["skipped"] = str(error)
             continue
@@ -153,7 +154,7 @@ def filters(options: argparse.Namespace) -> list[dict[str, Any]]:
         drawn = inputs(case)
         expected = oracle(case, drawn)
         steps = {eps: ours("cpu", eps)(case, drawn) for eps in (0.0, *FILTERS)}
-        found = {eps: errors(step, expected) for eps, step in steps.items()}
+        found = {eps: errors(step(), expected) for eps, step in steps.items()}
         timed = interleaved({"floor": floor(case, drawn), **{str(eps): step for eps, step in steps.items()}}, 5)
         for eps in steps:
             base, own = timed["floor"], timed[str(eps)]
@@ -220,25 +221,13 @@ def machine() -> dict[str, Any]:
 
     backend = backends.pick(None, torch.empty(0))
     level = backend.levels()[-1] if hasattr(backend, "levels") else "eager backend"
-    model = next((line for line in _cpuinfo() if line.startswith("model name")), f": {platform.processor()}")
     peers = ("liger_kernel", "trl", "cut_cross_entropy")
     return {
-        "processor": model.split(":", 1)[1].strip(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "level": level,
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "load": os.getloadavg()[0],
         "peers": [name for name in peers if importlib.util.find_spec(name)],
     }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"

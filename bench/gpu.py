@@ -11,10 +11,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from .origin import commit
 
 EXAMPLES = """examples:
   python -m bench gpu --shape Llama-3-8B --out gpu.json
@@ -68,7 +69,8 @@ def run(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a provider. Those with wrong results are not timed."""
     import torch
 
-    from .providers import ORACLE, PROVIDERS, Problem, error, missing, step_of
+    from .measure import errors
+    from .providers import ORACLE, PROVIDERS, Problem, missing, step_of
     from .roofline import SHAPES
 
     tokens, vocabulary, hidden = DRY_SHAPE if options.dry else (options.tokens, *SHAPES[options.shape])
@@ -90,7 +92,7 @@ def run(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         if reason is not None:
             row["skipped"] = reason
             continue
-        row["errors"] = error(step_of(loss, problem.first(small, dtype))(), expected)
+        row["errors"] = errors(step_of(loss, problem.first(small, dtype))(), expected)
         if max(row["errors"]) <= BOUND[options.dtype]:
             steps[name] = step_of(loss, problem)
     del expected
@@ -146,16 +148,6 @@ def machine(dry: bool) -> dict[str, Any]:
         return found | {"device": "CPU, kernels interpreted"}
     properties = torch.cuda.get_device_properties(0)
     return found | {"device": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-
-
-def commit() -> str:
-    """The commit of this file's checkout, marked where files differ from it; "unknown" outside of git."""
-    folder = Path(__file__).parent
-    try:
-        described = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def show(record: dict[str, Any]) -> None:

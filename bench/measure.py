@@ -16,7 +16,7 @@ from torch import Tensor
 from mopd_kernels.losses import LOSSES
 
 from .cases import Case, Inputs
-from .peers import TOP_K, Step
+from .peers import TOP_K
 
 ORACLE_ROWS = 64
 
@@ -49,11 +49,11 @@ def _chosen(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([(h.double() @ weight.T).log_softmax(-1).gather(-1, y[:, None])[:, 0] for h, y in blocks])
 
 
-def errors(step: Step, expected: tuple[Tensor, ...]) -> list[float]:
+def errors(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:
     """Relative error of each result in the 2-norm."""
     return [
-        float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-300))
-        for actual, exact in zip(step(), expected, strict=True)
+        float((actual.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
+        for actual, exact in zip(results, expected, strict=True)
     ]
 
 

@@ -147,11 +147,3 @@ def step_of(loss: Loss, problem: Problem) -> Step:
         return value.detach(), hidden, weight
 
     return step
-
-
-def error(results: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor, Tensor]) -> list[float]:
-    """Relative errors of loss, dH and dW, in the 2-norm."""
-    return [
-        float((actual.double() - oracle.double()).norm() / oracle.double().norm().clamp_min(1e-300))
-        for actual, oracle in zip(results, expected, strict=True)
-    ]

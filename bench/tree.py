@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from .origin import commit, processor
 
 EXAMPLES = """examples:
   python -m bench tree                                  everything: about six minutes on two quiet cores
@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
         for case in wanted:
             assert bench is not None
             console.print(f"measuring {case} ...", style="dim")
-            record["cases"][case] = bench.run(case) | {"when": time.strftime("%Y-%m-%d"), **origin()}
+            record["cases"][case] = bench.run(case) | {"when": time.strftime("%Y-%m-%d"), "commit": commit()}
             record["machine"] = machine()
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,18 +92,13 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"cpu": cpu, "isa": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), **versions}
-
-
-def origin() -> dict[str, str]:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {"commit": done.stdout.strip() or "unknown"}
+    return {
+        "cpu": processor(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        **versions,
+    }
 
 
 class Bench:

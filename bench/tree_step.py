@@ -8,7 +8,7 @@ from unittest import mock
 
 import yaml
 
-from mopd_train import rollout, train
+from mopd_train import rollout, setup, train
 from mopd_train.config import Config
 
 from . import tree_cases
@@ -16,7 +16,7 @@ from . import tree_cases
 EXAMPLE = Path(__file__).parents[1] / "examples/smollm2.yaml"
 
 
-def set_up(model: Path, output: Path, quick: bool) -> train.Run:
+def set_up(model: Path, output: Path, quick: bool) -> setup.Run:
     """The example's run. Its rate is tiny, so that every step starts from the same model."""
     config = Config()
     for section, values in yaml.safe_load(EXAMPLE.read_text()).items():
@@ -29,10 +29,10 @@ def set_up(model: Path, output: Path, quick: bool) -> train.Run:
     if quick:  # random weights never succeed: a context that needs no peers
         config.context.context = "none"
         config.rollout.num_prompts, config.rollout.max_completion_length = 2, 4
-    return train.set_up(config)
+    return setup.set_up(config)
 
 
-def step(run: train.Run, number: int, tree: bool, prompts: int | None = None) -> dict[str, float]:
+def step(run: setup.Run, number: int, tree: bool, prompts: int | None = None) -> dict[str, float]:
     """Seconds of each phase and tokens of a whole step; `prompts` shortens it to warm up."""
     settings, full = run.config, run.config.rollout.num_prompts
     settings.training.tree = tree

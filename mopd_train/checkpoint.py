@@ -99,9 +99,14 @@ def check_space(output_dir: Path, student: PreTrainedModel, teacher_saved: bool,
     """OSError before training if the disk cannot hold the checkpoints kept and the one being written."""
     weights = sum(p.numel() * p.element_size() for p in student.parameters())
     one = weights * (4 if teacher_saved else 3)  # student, two Adam moments, teacher
-    needed, free = one * (keep + 1), shutil.disk_usage(output_dir).free
+    needed, free = one * (keep + 1), shutil.disk_usage(_existing(output_dir)).free
     if free < needed:
         raise OSError(
             f"{output_dir} has {free / 1e9:.1f} GB free, {keep + 1} checkpoints take {needed / 1e9:.1f} GB: free "
             "space, lower training.save_total_limit or choose another training.output_dir"
         )
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest one above it that is there already."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

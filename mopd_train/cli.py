@@ -89,6 +89,6 @@ def quieten() -> None:
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    for name in ("httpx", "accelerate", "jax", "matplotlib"):
+    for name in ("httpx", "accelerate", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def step_prompts(prompts: list[Prompt], step: int, per_step: int, seed: int) -> 
     return chosen
 
 
+@lru_cache(maxsize=2)  # a step reads one epoch, or the end of one and the start of the next
 def _permutation(count: int, seed: str) -> list[int]:
     order = list(range(count))
     random.Random(seed).shuffle(order)

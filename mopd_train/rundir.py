@@ -27,23 +27,28 @@ MAY_CHANGE = {
 }
 
 
-def claim(config: Config, resuming: bool) -> Path:
-    """The folder, made ours. FileExistsError if it holds another run and neither resuming nor overwriting."""
+def check(config: Config, resuming: bool) -> Path:
+    """The folder, untouched. FileExistsError if it holds another run and neither resuming nor overwriting."""
     folder = Path(config.training.output_dir)
-    if config.training.overwrite_output_dir and not resuming and (folder / RUN).is_file():
-        shutil.rmtree(folder)
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / RUN).is_file():
             raise FileExistsError(f"training.output_dir={folder} is not empty and holds no run: choose another folder")
-        if not resuming:
+        if resuming:
+            _warn_of_changes(read_json(folder / RUN), config.as_dict())
+        elif not config.training.overwrite_output_dir:
             raise FileExistsError(
                 f"training.output_dir={folder} holds another run: choose another folder, go on with it by "
                 "--training.resume_from_checkpoint latest, or replace it by --training.overwrite_output_dir true"
             )
-        _warn_of_changes(read_json(folder / RUN), config.as_dict())
+    return folder
+
+
+def claim(folder: Path, config: Config, resuming: bool) -> None:
+    """Make the checked folder ours, once nothing else can be refused: what it held is deleted if it is overwritten."""
+    if not resuming and (folder / RUN).is_file():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN, config.as_dict())
-    return folder
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:

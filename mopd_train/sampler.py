@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
+from .padding import padded
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -63,7 +65,7 @@ def _sample_batch(
     generator: torch.Generator,
 ) -> list[list[int]]:  # P * G
     count, warpers = sampling.num_generations, sampling.warpers()
-    ids, mask = left_padded(prompts, pad_id, model.device)
+    ids, mask = padded(prompts, pad_id, model.device, "left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache: Any = DynamicCache(config=model.config)
     logits = _last_logits(model, ids, mask, positions, cache).repeat_interleave(count, dim=0)
@@ -99,11 +101,3 @@ def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: T
         logits_to_keep=1,
     )
     return output.logits[:, -1]
-
-
-def left_padded(sequences: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(P, T) ids and mask."""
-    longest = max(map(len, sequences))
-    ids = torch.tensor([[pad_id] * (longest - len(s)) + s for s in sequences], device=device)
-    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=device)
-    return ids, mask

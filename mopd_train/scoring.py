@@ -11,13 +11,7 @@ from transformers import PreTrainedModel
 
 from mopd_kernels import PrefixTree
 
-
-def right_padded(sequences: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T) ids and mask."""
-    longest = max(map(len, sequences))
-    ids = torch.tensor([s + [pad_id] * (longest - len(s)) for s in sequences], device=device)
-    mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences], device=device)
-    return ids, mask
+from .padding import padded
 
 
 def completion_hidden(
@@ -36,7 +30,7 @@ def completion_hidden(
     """
     if tree:
         return _packed(model, prompts, completions, None if torch.is_grad_enabled() else max_pack_tokens)
-    ids, mask = right_padded([p + c for p, c in zip(prompts, completions, strict=True)], pad_id, model.device)
+    ids, mask = padded([p + c for p, c in zip(prompts, completions, strict=True)], pad_id, model.device, "right")
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     rows = [
         row * ids.size(1) + len(prompt) - 1 + offset

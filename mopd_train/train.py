@@ -2,82 +2,43 @@
 
 A step: prompts -> G rollouts each -> verifier -> what the teacher reads -> teacher and student hidden states
 of every completion token -> divergence -> backward -> AdamW -> teacher update.
-
-Legend: G rollouts a prompt, N completion tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from mopd_kernels import LMHead
 
 from . import checkpoint, report
-from .config import Config, validate
-from .contexts import TeacherPrompt, teacher_prompts
-from .data import build_prompts, split_rows, step_prompts
+from .config import Config
+from .contexts import teacher_prompts
+from .data import step_prompts
 from .evaluate import Scores, completion_record, evaluate
 from .files import read_json, read_jsonl, write_json, write_jsonl
-from .metrics import Clock, check_finite, group_metrics
-from .models import load_model, load_tokenizer, stop_token_ids
-from .objectives import METHODS, TokenBatch
-from .rollout import Group, Prompt, Rollout, generate
-from .rundir import METRICS, MetricsFile, claim
+from .learn import learn, to_examples
+from .metrics import Clock, group_metrics
+from .models import stop_token_ids
+from .rollout import generate
+from .rundir import METRICS, MetricsFile
 from .sampler import Sampling
-from .scoring import completion_hidden
-from .tasks import Task, find_task
-from .teacher import build_teacher, update_ema
+from .setup import Run, moves, set_up
 from .verify import judge
 
 logger = logging.getLogger(__name__)
 console = Console()
 
-
-@dataclass
-class Example:
-    """One rollout to learn from."""
-
-    prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
-    rollout: Rollout
-
-
-@dataclass
-class Run:
-    """Everything a step works on."""
-
-    config: Config
-    folder: Path
-    accelerator: Accelerator
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    student: PreTrainedModel
-    teacher: PreTrainedModel
-    optimizer: Any
-    scheduler: Any
-    train_prompts: list[Prompt]
-    eval_prompts: list[Prompt]
-    first_step: int
+PLOT = "training.png"  # drawn last: with it a run is complete
 
 
 def train(config: Config) -> Path:
     """Run the whole job and return its folder."""
     run = set_up(config)
     settings = config.training
-    if run.first_step >= settings.max_steps:
+    if run.first_step >= settings.max_steps and (run.folder / PLOT).is_file():
         console.print(f"{run.folder} is already at step {run.first_step} of {settings.max_steps}: nothing to do")
         return run.folder
     before = held_out_scores(run, "before") if run.first_step == 0 else None
@@ -95,64 +56,6 @@ def train(config: Config) -> Path:
     metrics_file.close()
     finish(run, before)
     return run.folder
-
-
-def set_up(config: Config) -> Run:
-    """Every check that can be made before work begins is made here."""
-    validate(config)
-    task = find_task(config.data.task)
-    settings = config.training
-    resume = checkpoint.find_resume(settings.resume_from_checkpoint, Path(settings.output_dir))
-    tokenizer = load_tokenizer(config.model.model_name_or_path)
-    train_rows, eval_rows = split_rows(config.data, task)
-    train_source = config.data.train_dataset or f"task {config.data.task!r}"
-    train_prompts = build_prompts(train_rows, task, config.data, tokenizer, train_source)
-    eval_prompts = []
-    if eval_rows:
-        eval_prompts = build_prompts(eval_rows, task, config.data, tokenizer, config.data.eval_dataset or train_source)
-    folder = claim(config, resuming=settings.resume_from_checkpoint is not None)
-
-    accelerator = Accelerator(
-        log_with=settings.report_to or None,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
-    )
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"training runs in one process so far, got {accelerator.num_processes}: start without a launcher"
-        )
-    name = str(resume or config.model.model_name_or_path)
-    student = load_model(name, config.model.dtype, config.model.attn_implementation, accelerator.device)
-    LMHead.from_model(student)
-    if config.model.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
-    teacher = build_teacher(config.distillation, config.model, student, tokenizer)
-    optimizer = torch.optim.AdamW(
-        student.parameters(),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.weight_decay,
-    )
-    warmup = max(1, settings.warmup_steps)  # the first step already moves: its rate is 1/warmup of the peak
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / warmup))
-    checkpoint.check_space(folder, student, moves(config), settings.save_total_limit)
-    student, optimizer, scheduler = accelerator.prepare(student, optimizer, scheduler)
-    checkpoint.keep_weights_out(accelerator)
-    first_step = 0
-    if resume is not None:
-        first_step = checkpoint.step_of(resume)
-        if moves(config):
-            teacher.load_state_dict(load_model(str(resume / "teacher"), config.model.dtype).state_dict())
-        accelerator.load_state(str(resume / "state"))
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
-    return Run(
-        config, folder, accelerator, task, tokenizer, student, teacher, optimizer, scheduler,
-        train_prompts, eval_prompts, first_step,
-    )  # fmt: skip
-
-
-def moves(config: Config) -> bool:
-    """Whether the teacher changes during training and so belongs to the checkpoint."""
-    return config.distillation.teacher_regularization == "ema"
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
@@ -184,77 +87,6 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     return metrics | clock.metrics()
 
 
-def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[str, float]:
-    """Accumulate the loss of all examples over one global token count; one optimizer and teacher step."""
-    settings = run.config.training
-    tokens = sum(len(example.rollout.token_ids) for example in examples)
-    metrics: dict[str, float] = {"num_tokens": tokens, "learning_rate": run.scheduler.get_last_lr()[0]}
-    if tokens == 0:
-        return metrics | {"loss": 0.0, "grad_norm": 0.0}
-    sums: dict[str, float] = defaultdict(float)
-    for batch in micro_batches(examples, settings.per_device_train_batch_size, settings.tree):
-        with clock("teacher"):
-            teacher_hidden, teacher_tokens = hidden_states(run, run.teacher, batch, teacher=True)
-        with clock("student"):
-            student_hidden, student_tokens = hidden_states(run, run.student, batch, teacher=False)
-            token_batch = TokenBatch(
-                student_hidden=student_hidden,
-                student_head=LMHead.from_model(run.student),
-                teacher_hidden=teacher_hidden,
-                teacher_head=LMHead.from_model(run.teacher),
-                labels=torch.tensor([t for e in batch for t in e.rollout.token_ids], device=run.student.device),
-                normalizer=float(tokens),
-            )
-            result = METHODS["mopd"](token_batch, run.config)
-            check_finite(result.per_token, [e.rollout for e in batch], step, run.accelerator.process_index)
-            run.accelerator.backward(result.loss)
-        sums["loss"] += float(result.loss.detach())
-        sums["entropy"] += float(result.student_entropy.sum()) / tokens
-        sums["teacher_entropy"] += float(result.teacher_entropy.sum()) / tokens
-        sums["tokens/teacher_computed"] += teacher_tokens
-        sums["tokens/student_computed"] += student_tokens
-        sums["tokens/teacher_total"] += sum(len(e.teacher_prompt_ids) + len(e.rollout.token_ids) for e in batch)
-        sums["tokens/student_total"] += sum(len(e.prompt_ids) + len(e.rollout.token_ids) for e in batch)
-        sums["top1_agreement"] += float(result.top1_agreement.sum()) / tokens
-    with clock("optimizer"):
-        norm = float(run.accelerator.clip_grad_norm_(run.student.parameters(), settings.max_grad_norm))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm} at step {step}; the last checkpoint is intact")
-        run.optimizer.step()
-        run.scheduler.step()
-        run.optimizer.zero_grad()
-        if moves(run.config):
-            update_ema(run.teacher, run.student, run.config.distillation.teacher_update_rate)
-    return metrics | sums | {"grad_norm": norm}
-
-
-def hidden_states(run: Run, model: PreTrainedModel, batch: list[Example], teacher: bool) -> tuple[torch.Tensor, int]:
-    prompts = [example.teacher_prompt_ids if teacher else example.prompt_ids for example in batch]
-    completions = [example.rollout.token_ids for example in batch]
-    settings, pad_id = run.config.training, int(run.tokenizer.pad_token_id)
-    with torch.set_grad_enabled(not teacher):
-        return completion_hidden(model, prompts, completions, pad_id, settings.tree, settings.max_pack_tokens)
-
-
-def to_examples(groups: list[Group], contexts: list[list[TeacherPrompt | None]]) -> list[Example]:
-    """Rollouts whose teacher has something to read; the others have no loss and count nowhere."""
-    return [
-        Example(group.prompt.token_ids, prompt.token_ids, rollout)
-        for group, prompts in zip(groups, contexts, strict=True)
-        for rollout, prompt in zip(group.rollouts, prompts, strict=True)
-        if prompt is not None
-    ]
-
-
-def micro_batches(examples: list[Example], size: int, tree: bool) -> Iterator[list[Example]]:
-    """For the tree groups stay together; padded batches take examples of like length."""
-    ordered = examples
-    if not tree:
-        ordered = sorted(examples, key=lambda e: (len(e.teacher_prompt_ids), len(e.rollout.token_ids)))
-    for first in range(0, len(ordered), size):
-        yield ordered[first : first + size]
-
-
 def seed_of(run: Run, step: int) -> int:
     """Sampling depends on the run's seed and the step alone, so that a resumed run draws the same."""
     return run.config.training.seed * 1_000_003 + step * 1009
@@ -284,7 +116,7 @@ def finish(run: Run, before: Scores | None) -> None:
     kept = run.folder / "evaluation-before.json"
     if before is None and kept.is_file():
         before = Scores(**read_json(kept))
-    report.plot_run(read_jsonl(run.folder / METRICS), run.folder / "training.png", before, after)
+    report.plot_run(read_jsonl(run.folder / METRICS), run.folder / PLOT, before, after)
     if before is not None and after is not None:
         console.print(report.before_after_table(before, after))
     run.accelerator.end_training()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mopd_train import checkpoint, train
+from mopd_train import checkpoint, objectives, setup, train
 from mopd_train.config import Config
 from mopd_train.models import load_model
 from tests.train.launch import mopd, start
@@ -104,7 +104,7 @@ def test_a_run_leaves_its_files(straight):
     assert len((straight / "completions" / "step-000003.jsonl").read_text().splitlines()) == 8
 
 
-def run_in_process(model: Path, folder: Path, rows: Path, **changes: object) -> train.Run:
+def run_in_process(model: Path, folder: Path, rows: Path, **changes: object) -> setup.Run:
     config = Config()
     config.model.model_name_or_path = str(model)
     config.data.task, config.data.train_dataset = "tests.train.rewards.parity", str(rows)
@@ -112,7 +112,7 @@ def run_in_process(model: Path, folder: Path, rows: Path, **changes: object) -> 
     config.training.output_dir, config.training.report_to = str(folder), []
     for key, value in changes.items():
         setattr(config.training, key, value)
-    return train.set_up(config)
+    return setup.set_up(config)
 
 
 def test_the_micro_batch_size_does_not_change_the_step(tiny_model, tmp_path):
@@ -130,8 +130,8 @@ def test_only_completion_tokens_reach_the_head(tiny_model, tmp_path, monkeypatch
     """The loss sees exactly the counted tokens, and the model's own head is never called in learning."""
     run = run_in_process(tiny_model, tmp_path / "run", write_rows(tmp_path))
     seen = []
-    objective = train.METHODS["mopd"]
-    monkeypatch.setitem(train.METHODS, "mopd", lambda batch, config: seen.append(batch) or objective(batch, config))
+    objective = objectives.METHODS["mopd"]
+    monkeypatch.setitem(objectives.METHODS, "mopd", lambda batch, config: seen.append(batch) or objective(batch, config))
     learn = train.learn
 
     def guarded(*arguments):
