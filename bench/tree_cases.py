@@ -20,8 +20,9 @@ from torch import Tensor
 from mopd_kernels import LMHead, PrefixTree, linear_logprobs
 from mopd_train.config import ContextConfig
 from mopd_train.contexts import choose_peers
+from mopd_train.padding import padded
 from mopd_train.rollout import Group, Prompt, Rollout
-from mopd_train.sampler import Sampling, left_padded
+from mopd_train.sampler import Sampling
 from mopd_train.scoring import completion_hidden
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -149,7 +150,7 @@ def generated(
     torch.manual_seed(seed)
     per_batch, completions = max(1, sampling.batch_size // sampling.num_generations), []
     for first in range(0, len(prompts), per_batch):
-        ids, mask = left_padded(prompts[first : first + per_batch], pad_id, model.device)
+        ids, mask = padded(prompts[first : first + per_batch], pad_id, model.device, "left")
         output = model.generate(
             ids,
             attention_mask=mask,

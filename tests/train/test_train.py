@@ -131,7 +131,8 @@ def test_only_completion_tokens_reach_the_head(tiny_model, tmp_path, monkeypatch
     run = run_in_process(tiny_model, tmp_path / "run", write_rows(tmp_path))
     seen = []
     objective = objectives.METHODS["mopd"]
-    monkeypatch.setitem(objectives.METHODS, "mopd", lambda batch, config: seen.append(batch) or objective(batch, config))
+    watched = lambda batch, config: seen.append(batch) or objective(batch, config)  # noqa: E731
+    monkeypatch.setitem(objectives.METHODS, "mopd", watched)
     learn = train.learn
 
     def guarded(*arguments):
