@@ -17,10 +17,11 @@ from . import checkpoint
 from .config import Config, validate
 from .data import build_prompts, split_rows
 from .models import load_model, load_tokenizer
+from .objectives import settle
 from .rollout import Prompt
 from .rundir import check, claim
 from .tasks import Task, find_task
-from .teacher import build_teacher
+from .teacher import build_teacher, moves
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Run:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     student: PreTrainedModel
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None  # of the methods that score with a second model
     optimizer: Any
     scheduler: Any
     train_prompts: list[Prompt]
@@ -44,6 +45,7 @@ class Run:
 def set_up(config: Config) -> Run:
     """Every check that can be made before work begins is made here."""
     validate(config)
+    config = settle(config)
     task = find_task(config.data.task)
     settings = config.training
     resume = checkpoint.find_resume(settings.resume_from_checkpoint, Path(settings.output_dir))
@@ -70,7 +72,7 @@ def set_up(config: Config) -> Run:
     LMHead.from_model(student)
     if config.model.gradient_checkpointing:
         student.gradient_checkpointing_enable()
-    teacher = build_teacher(config.distillation, config.model, student, tokenizer)
+    teacher = build_teacher(config, student, tokenizer)
     optimizer = torch.optim.AdamW(
         student.parameters(),
         lr=settings.learning_rate,
@@ -85,7 +87,7 @@ def set_up(config: Config) -> Run:
     first_step = 0
     if resume is not None:
         first_step = checkpoint.step_of(resume)
-        if moves(config):
+        if teacher is not None and moves(config):
             teacher.load_state_dict(load_model(str(resume / "teacher"), config.model.dtype).state_dict())
         accelerator.load_state(str(resume / "state"))
     claim(folder, config, resuming)
@@ -94,8 +96,3 @@ def set_up(config: Config) -> Run:
         config, folder, accelerator, task, tokenizer, student, teacher, optimizer, scheduler,
         train_prompts, eval_prompts, first_step,
     )  # fmt: skip
-
-
-def moves(config: Config) -> bool:
-    """Whether the teacher changes during training and so belongs to the checkpoint."""
-    return config.distillation.teacher_regularization == "ema"

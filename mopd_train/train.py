@@ -1,7 +1,7 @@
-"""The MOPD loop, to be read from top to bottom.
+"""The loop, to be read from top to bottom.
 
-A step: prompts -> G rollouts each -> verifier -> what the teacher reads -> teacher and student hidden states
-of every completion token -> divergence -> backward -> AdamW -> teacher update.
+A step of MOPD: prompts -> G rollouts each -> verifier -> what the teacher reads -> teacher and student hidden states
+of every completion token -> divergence -> backward -> AdamW -> teacher update. Other methods: objectives/.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import checkpoint, report
 from .config import Config
-from .contexts import teacher_prompts
+from .contexts import TeacherPrompt, step_contexts
 from .data import step_prompts
 from .evaluate import Scores, completion_record, evaluate
 from .files import read_json, read_jsonl, write_json, write_jsonl
-from .learn import learn, to_examples
-from .metrics import Clock, group_metrics
+from .learn import learn
+from .metrics import Clock, context_metrics, group_metrics
 from .models import stop_token_ids
-from .rollout import generate
+from .objectives import method_of
+from .rollout import Group, generate
 from .rundir import METRICS, MetricsFile
-from .sampler import Sampling
-from .setup import Run, moves, set_up
+from .sampler import Sampling, sample
+from .setup import Run, set_up
+from .summaries import PeerSummaries
+from .teacher import moves
 from .verify import judge
 
 logger = logging.getLogger(__name__)
@@ -78,13 +81,31 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         run.folder / "completions" / f"step-{step:06d}.jsonl",
         [completion_record(group, i) for group in groups for i in range(len(group.rollouts))],
     )
-    contexts = [
-        teacher_prompts(group, run.tokenizer, config.context, config.data.chat_template_kwargs, seed_of(run, step) + i)
-        for i, group in enumerate(groups)
-    ]
-    metrics = group_metrics(groups, contexts, config.context.success_reward_threshold)
-    metrics |= learn(run, step, to_examples(groups, contexts), clock)
-    return metrics | clock.metrics()
+    metrics = group_metrics(groups, config.context.success_reward_threshold)
+    contexts: list[list[TeacherPrompt | None]] = [[None] * len(group.rollouts) for group in groups]
+    if method_of(config).teacher == "context":
+        with clock("contexts"):
+            contexts, about = read_contexts(run, step, groups)
+        metrics |= about
+    return metrics | learn(run, step, groups, contexts, clock) | clock.metrics()
+
+
+def read_contexts(
+    run: Run, step: int, groups: list[Group]
+) -> tuple[list[list[TeacherPrompt | None]], dict[str, float]]:
+    """What the teacher reads of each rollout; the student is asked for the summaries among it."""
+    config, seed = run.config, seed_of(run, step)
+
+    def sampled(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        rollout, stops = config.rollout, stop_token_ids(run.student, run.tokenizer)
+        sampling = Sampling(1, tokens, rollout.temperature, rollout.top_p, rollout.generation_batch_size)
+        replies = sample(run.student, prompts, sampling, stops, int(run.tokenizer.pad_token_id), seed)
+        return [reply for (reply,) in replies]
+
+    template = config.data.chat_template_kwargs
+    summaries = PeerSummaries(groups, run.tokenizer, config.context, template, sampled)
+    contexts = step_contexts(groups, run.tokenizer, config.context, template, seed, summaries)
+    return contexts, context_metrics(contexts) | summaries.metrics()
 
 
 def seed_of(run: Run, step: int) -> int:
@@ -119,6 +140,9 @@ def finish(run: Run, before: Scores | None) -> None:
     report.plot_run(read_jsonl(run.folder / METRICS), run.folder / PLOT, before, after)
     if before is not None and after is not None:
         console.print(report.before_after_table(before, after))
+    skipped = sum(row.get("skipped_steps", 0) for row in read_jsonl(run.folder / METRICS))
+    if skipped:
+        console.print(f"{skipped:.0f} of {run.config.training.max_steps} steps had no rollout to learn from: skipped")
     run.accelerator.end_training()
     console.print(f"metrics, completions, plot and checkpoints: {run.folder}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -130,9 +131,9 @@ def test_only_completion_tokens_reach_the_head(tiny_model, tmp_path, monkeypatch
     """The loss sees exactly the counted tokens, and the model's own head is never called in learning."""
     run = run_in_process(tiny_model, tmp_path / "run", write_rows(tmp_path))
     seen = []
-    objective = objectives.METHODS["mopd"]
-    watched = lambda batch, config: seen.append(batch) or objective(batch, config)  # noqa: E731
-    monkeypatch.setitem(objectives.METHODS, "mopd", watched)
+    method = objectives.METHODS["mopd"]
+    watched = lambda batch, config: seen.append(batch) or method.objective(batch, config)  # noqa: E731
+    monkeypatch.setitem(objectives.METHODS, "mopd", dataclasses.replace(method, objective=watched))
     learn = train.learn
 
     def guarded(*arguments):
