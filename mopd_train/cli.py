@@ -16,6 +16,7 @@ EXAMPLES = {
     "train": """examples:
   mopd train --config examples/smollm2.yaml
   mopd train --config examples/smollm2.yaml --training.max_steps 50 --context.context 1s
+  mopd train --config examples/smollm2.yaml --method grpo --training.learning_rate 2e-5
   mopd train --config examples/smollm2.yaml --training.output_dir runs/a --training.resume_from_checkpoint latest
   mopd train --data.task math --data.train_dataset train.jsonl --model.model_name_or_path Qwen/Qwen3-1.7B""",
     "eval": """examples:

@@ -68,13 +68,13 @@ def update_ema(teacher: PreTrainedModel, student: PreTrainedModel, rate: float) 
 
 
 @contextmanager
-def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """The model's weights on `device` within the block, in CPU memory after it."""
+def on_device(model: PreTrainedModel, device: torch.device, home: torch.device) -> Iterator[None]:
+    """The model's weights on `device` within the block, at `home` after it."""
     model.to(device)  # type: ignore[arg-type]  # transformers' decorated signature
     try:
         yield
     finally:
-        model.to("cpu")  # type: ignore[arg-type]
+        model.to(home)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class SecondModel:
 
     def __init__(self, model: PreTrainedModel | None, student: PreTrainedModel, config: Config, pad_id: int) -> None:
         self.model, self.student, self.config, self.pad_id = model, student, config, pad_id
+        self.home = torch.device("cpu")  # of offloaded weights
         self.head: LMHead | None = None
+        self.mixed: LMHead | None = None
 
     def scores(self, batches: list[list[Example]]) -> Iterator[Scored | None]:
         """One a micro-batch, in order, each when it is asked for; None where the method has no second model.
@@ -105,7 +107,7 @@ class SecondModel:
                 yield self._score(batch)
         else:
             device = self.student.device
-            with on_device(self.model, device):
+            with on_device(self.model, device, self.home):
                 waiting = [self._score(batch) for batch in batches]
                 waiting = [replace(scored, hidden=scored.hidden.cpu()) for scored in waiting]
             for scored in waiting:
@@ -115,9 +117,9 @@ class SecondModel:
     def _score(self, batch: list[Example]) -> Scored:
         assert self.model is not None
         hidden, computed = self._hidden(self.model, batch)
+        hidden = hidden.to(self.student.dtype)
         if self.head is None:
             self.head = _constant(LMHead.from_model(self.model), LMHead.from_model(self.student))
-            self.mixed: LMHead | None = None
         if not mixes(self.config):
             return Scored(hidden, self.head, computed)
         student_hidden, more = self._hidden(self.student, batch)
@@ -135,13 +137,14 @@ class SecondModel:
 
 
 def _constant(head: LMHead, student: LMHead) -> LMHead:
-    """The head as it is now: it keeps its tensors when the model moves away. One tokenizer serves both models, so
-    rows past the smaller head are padding, however many."""
+    """The head as it is now, in the student's precision: it keeps its tensors when the model moves away. One
+    tokenizer serves both models, so rows past the smaller head are padding, however many."""
+    dtype = student.weight.dtype
     rows = min(head.weight.size(0), student.weight.size(0))
     differs = head.shard is None and head.weight.size(0) != student.weight.size(0)
     return replace(
         head,
-        weight=head.weight.detach(),
-        bias=None if head.bias is None else head.bias.detach(),
+        weight=head.weight.detach().to(dtype),
+        bias=None if head.bias is None else head.bias.detach().to(dtype),
         vocab_size=min(rows, head.vocab_size or rows) if differs else head.vocab_size,
     )

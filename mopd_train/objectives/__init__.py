@@ -65,7 +65,7 @@ def settle(config: Config) -> Config:
     reads_peers = method.teacher == "context" and config.context.context != "none"
     least = 2 if reads_peers or method.compares else 1
     if config.rollout.num_generations < least:
-        what = f"context {config.context.context!r} (peers of the same prompt)" if reads_peers else "to compare"
+        what = f"context {config.context.context!r} (peers of the same prompt)" if reads_peers else config.method
         raise ValueError(
             f"expected rollout.num_generations >= {least} for {what}, got {config.rollout.num_generations}; raise it, "
             "or use --context.context none or --method sft"
