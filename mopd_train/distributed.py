@@ -15,8 +15,9 @@ Legend: N tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +37,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     vocab_parallel: int = 1  # neighbours that split the heads' rows
     group: dist.ProcessGroup | None = None  # those neighbours, where there are several
 
@@ -68,14 +69,16 @@ class Ranks:
         """[first, stop) of `count` things that this process works on; parts differ by at most one."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over processes of numbers that the members of a vocabulary group share and that count once."""
+    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name over processes. Members of a vocabulary group have the same values, which count once. A process
+        may lack names that others have."""
         if self.size == 1:
-            return list(values)
-        counted = [value if self.place == 0 else 0.0 for value in values]
+            return dict(values)
+        names = list(dict.fromkeys(name for part in self.everywhere(list(values)) for name in part))
+        counted = [values.get(name, 0.0) if self.place == 0 else 0.0 for name in names]
         total = torch.tensor(counted, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return [float(value) for value in total.tolist()]
+        return dict(zip(names, total.tolist(), strict=True))
 
     def most(self, value: int) -> int:
         """The largest over processes."""
@@ -111,6 +114,19 @@ class Ranks:
         holder = [value]
         dist.broadcast_object_list(holder, src=0)
         return holder[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises on the main process, on every process."""
+        outcome: tuple[Any, Exception | None] = None, None
+        if self.is_main:
+            try:
+                outcome = work(), None
+            except Exception as error:
+                outcome = None, error
+        value, failure = self.from_main(outcome)
+        if failure is not None:
+            raise failure
+        return value
 
     def exchanged(self, items: list[T]) -> list[T]:
         """The items of all members of the vocabulary group, in order."""
@@ -172,7 +188,7 @@ def common_vocabulary(student: LMHead, teacher: LMHead) -> int:
 
 def _parts(items: Sequence[T], count: int) -> list[Sequence[T]]:
     edges = [len(items) * i // count for i in range(count + 1)]
-    return [items[first:stop] for first, stop in zip(edges, edges[1:], strict=False)]
+    return [items[first:stop] for first, stop in pairwise(edges)]
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .distributed import Ranks
@@ -38,13 +39,11 @@ def shard(model: PreTrainedModel, ranks: Ranks, compute_dtype: torch.dtype | Non
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
     inside: Any = MethodType(_run_inside, model)
-    model.run_inside = inside  # type: ignore[assignment]
+    model.run_inside = inside
     register_fsdp_forward_method(model, "run_inside")
 
 
-def _run_inside(
-    model: PreTrainedModel, compute: Callable[[], tuple[Tensor, int]], ranks: Ranks
-) -> tuple[Tensor, int]:
+def _run_inside(model: PreTrainedModel, compute: Callable[[], tuple[Tensor, int]], ranks: Ranks) -> tuple[Tensor, int]:
     trunk = model.get_decoder()
 
     def idle() -> Tensor:
@@ -105,3 +104,44 @@ class InStep:
         while self.ranks.any(False):
             results.append(self.idle())
         return results
+
+
+def load(build: Callable[[bool], PreTrainedModel], ranks: Ranks, compute_dtype: torch.dtype | None) -> PreTrainedModel:
+    """A sharded model of which only the main process reads the weights, in host memory.
+
+    build(real): the whole model on the CPU, with weights read (real) or left uninitialised, which costs no memory
+    until a layer is sharded.
+    """
+    model = build(ranks.is_main)
+    source = {name: parameter.detach() for name, parameter in model.named_parameters()} if ranks.is_main else {}
+    shard(model, ranks, compute_dtype)
+    parameters: Any = model.named_parameters()
+    for name, parameter in parameters:
+        whole = source.pop(name) if ranks.is_main else torch.empty(parameter.shape, dtype=parameter.dtype)
+        scattered = distribute_tensor(whole.to(ranks.device), parameter.device_mesh, parameter.placements)
+        local(parameter).copy_(local(scattered))
+    for name, buffer in model.named_buffers():
+        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(ranks.device)
+    return model
+
+
+@torch.no_grad()
+def local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def whole_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, Tensor]:
+    """The state by name; gathered on the main process, one tensor after the other, empty on the others."""
+    release(model)
+    if not isinstance(model, FSDPModule):
+        return model.state_dict() if ranks.is_main else {}
+    weights: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # by identity: a tied weight has several
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        if first == name:
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if ranks.is_main:
+            weights[name] = whole.detach().cpu() if first == name else weights[first]
+    return weights
