@@ -38,6 +38,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, compute_dtype: torch.dtype | Non
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # the way to a factor of 1 that every backend has
     inside: Any = MethodType(_run_inside, model)
     model.run_inside = inside
     register_fsdp_forward_method(model, "run_inside")
