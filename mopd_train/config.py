@@ -21,6 +21,20 @@ class ModelConfig:
     """As in transformers; null lets transformers choose."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more student time."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Over the processes of torchrun or accelerate launch. none: each holds the whole model, gradients are summed once
+    a step. fsdp: weights, gradients, optimizer state and teacher are sharded (FSDP2)."""
+    vocab_parallel: int = 1
+    """Neighbouring processes that split the vocabulary of both heads; must divide the number of processes."""
+    use_peft: bool = False
+    """Train a LoRA adapter and keep the model itself: the teacher is the model without the adapter (frozen), with it
+    (self), or with a moving average of it (ema). Needs the peft extra."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 32
+    """The adapter counts lora_alpha / lora_r times."""
+    lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the modules that get adapters; all-linear is every Linear but the lm_head."""
 
 
 @dataclass
@@ -95,8 +109,18 @@ class TrainingConfig:
     """latest, or a checkpoint folder."""
     overwrite_output_dir: bool = False
     """Delete what another run left in output_dir."""
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """accelerate trackers (tensorboard, wandb, trackio, ...); metrics.jsonl is always written."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: forwards and losses compute in bfloat16 while weights and optimizer stay in model.dtype (use float32)."""
+    ddp_timeout: int = 1800
+    """Seconds that processes wait for each other before the job fails; the slowest verifier must fit in."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "jsonl"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Trackers; metrics.jsonl is written always, so jsonl alone means no other."""
+    push_to_hub: bool = False
+    """Upload the last checkpoint's model when the run is complete; needs a token of the Hugging Face hub."""
+    hub_model_id: str | None = None
+    """Repository to push to, owner/name; null takes the name of output_dir under the token's owner."""
 
 
 @dataclass
@@ -150,6 +174,10 @@ def validate(config: Config) -> None:
         "training.save_steps": training.save_steps,
         "training.save_total_limit": training.save_total_limit,
         "data.max_prompt_length": config.data.max_prompt_length,
+        "training.ddp_timeout": training.ddp_timeout,
+        "model.vocab_parallel": config.model.vocab_parallel,
+        "model.lora_r": config.model.lora_r,
+        "model.lora_alpha": config.model.lora_alpha,
         "evaluation.k": config.evaluation.k,
     }
     for key, value in at_least_one.items():
@@ -168,3 +196,5 @@ def validate(config: Config) -> None:
     for key, number in fractions.items():
         if not 0 < number <= 1:
             raise ValueError(f"expected {key} in (0, 1], got {number}")
+    if training.hub_model_id and not training.push_to_hub:
+        raise ValueError(f"training.hub_model_id={training.hub_model_id!r} is only read with training.push_to_hub true")

@@ -40,11 +40,12 @@ def step_contexts(
     chat_template_kwargs: dict[str, Any],
     seed: int,
     summarize: Summarizer | None = None,
+    batch: Sequence[Group] | None = None,  # the step's groups on all processes, for controls
 ) -> list[list[TeacherPrompt | None]]:
     """`teacher_prompts` of all groups of a step; every summary that one of them shows is made once."""
     strangers: list[list[Rollout]] = [[] for _ in groups]
     if config.peer_control_mode != "none":
-        strangers = [strangers_of(groups, i, config.success_reward_threshold) for i in range(len(groups))]
+        strangers = [strangers_of(group, batch or groups, config.success_reward_threshold) for group in groups]
     made: dict[tuple[int, int], str] = {}
     if config.summary_k and summarize is not None:
         chosen = [choose_peers(group, config, seed + i, strangers[i]) for i, group in enumerate(groups)]

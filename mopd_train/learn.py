@@ -11,18 +11,17 @@ from collections.abc import Iterator
 from itertools import groupby
 
 import torch
-from accelerate.utils import gather_object
-
-from mopd_kernels import LMHead
+from transformers import PreTrainedModel
 
 from .contexts import TeacherPrompt
+from .distributed import Ranks
 from .metrics import Clock, check_finite
 from .objectives import Example, Loss, TokenBatch, method_of
 from .objectives.distillation import steps_of
 from .rollout import Group
 from .scoring import completion_hidden
 from .setup import Run
-from .teacher import Scored, SecondModel, moves, update_ema
+from .teacher import Scored, SecondModel, moves
 
 
 def learn(
@@ -32,36 +31,34 @@ def learn(
 
     Without a rollout to learn from, on any process, nothing is updated: Adam would move on its stale moments.
     """
-    settings = run.config.training
+    settings, ranks = run.config.training, run.ranks
     examples, units = select(run, groups, contexts)
     tokens = sum(len(example.rollout.token_ids) for example in examples)
-    normalizer, total, count = global_sums(run, units, tokens, len(examples))
-    metrics: dict[str, float] = {
-        "num_tokens": total,
-        "num_examples": count,
-        "loss_normalizer": normalizer,
-        "learning_rate": run.scheduler.get_last_lr()[0],
-        "skipped_steps": float(count == 0),
-    }
-    if count == 0:
+    metrics = ranks.totals({"num_tokens": tokens, "num_examples": len(examples), "loss_normalizer": units})
+    metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
+    metrics["skipped_steps"] = float(metrics["num_examples"] == 0)
+    if metrics["skipped_steps"]:
         return metrics
-    whole_groups = method_of(run.config).whole_groups
-    batches = list(micro_batches(examples, settings.per_device_train_batch_size, settings.tree, whole_groups))
+    size, whole_groups = settings.per_device_train_batch_size * ranks.vocab_parallel, method_of(run.config).whole_groups
+    batches = run.engine.in_step(list(micro_batches(examples, size, settings.tree, whole_groups)))
     totals = Totals()
     for iteration in range(settings.num_iterations):
-        accumulate(run, step, batches, normalizer, totals, clock, keep_logprobs=iteration == 0)
+        accumulate(run, step, batches, metrics["loss_normalizer"], totals, clock, keep_logprobs=iteration == 0)
         with clock("optimizer"):
             metrics["grad_norm"] = update(run, step)
-    return metrics | totals.metrics(settings.num_iterations)
+    return metrics | totals.metrics(ranks, settings.num_iterations)
 
 
 def select(run: Run, groups: list[Group], contexts: list[list[TeacherPrompt | None]]) -> tuple[list[Example], float]:
-    """This process's rollouts with a loss, and what they add to the normalizer."""
+    """Rollouts with a loss of this process, or of its vocabulary group, and what they add to the normalizer."""
     method, settings = method_of(run.config), run.config.distillation
-    selections = [
-        method.select(place, group, prompts, run.config)
-        for place, (group, prompts) in enumerate(zip(groups, contexts, strict=True))
-    ]
+    first, _ = run.ranks.slice(run.config.rollout.num_prompts)  # groups are told apart over all processes
+    selections = run.ranks.exchanged(
+        [
+            method.select(first + place, group, prompts, run.config)
+            for place, (group, prompts) in enumerate(zip(groups, contexts, strict=True))
+        ]
+    )
     examples = [example for selection in selections for example in selection.examples]
     if method.teacher == "context" and settings.step_level_kl:
         for example in examples:
@@ -74,25 +71,25 @@ def accumulate(
     keep_logprobs: bool,
 ) -> None:  # fmt: skip
     """Gradients of all micro-batches. keep_logprobs: this is the policy that later updates are compared with."""
-    pad_id = int(run.tokenizer.pad_token_id)
-    scores = SecondModel(run.teacher, run.student, run.config, pad_id).scores(batches)
-    for batch in batches:
-        with clock("teacher"):
-            scored = next(scores)
+    for batch, scored in zip(batches, second_model(run, clock).scores(batches), strict=True):
         with clock("student"):
-            hidden, computed = student_states(run, batch, pad_id)
+            hidden, computed = hidden_states(run, run.student, batch)
+            head = run.engine.head(run.student)
+            if not batch:  # other processes have one: take part in its collectives
+                run.accelerator.backward(run.engine.nothing(hidden, head))
+                continue
             result = method_of(run.config).objective(
                 TokenBatch(
                     examples=batch,
                     student_hidden=hidden,
-                    student_head=LMHead.from_model(run.student),
+                    student_head=head,
                     normalizer=normalizer,
                     teacher_hidden=None if scored is None else scored.hidden,
                     teacher_head=None if scored is None else scored.head,
                 ),
                 run.config,
             )
-            check_finite(result.per_token, [e.rollout for e in batch], step, run.accelerator.process_index)
+            check_finite(result.per_token, [e.rollout for e in batch], step, run.ranks.rank)
             run.accelerator.backward(result.loss)
         if keep_logprobs and run.config.training.num_iterations > 1:
             lengths = [len(example.rollout.token_ids) for example in batch]
@@ -101,23 +98,48 @@ def accumulate(
         totals.add(batch, result, computed, scored)
 
 
-def student_states(run: Run, batch: list[Example], pad_id: int) -> tuple[torch.Tensor, int]:  # (N, H), tokens computed
-    prompts = [example.prompt_ids for example in batch]
-    completions = [example.rollout.token_ids for example in batch]
-    return completion_hidden(run.student, prompts, completions, pad_id, run.config.training.tree)
+def second_model(run: Run, clock: Clock) -> SecondModel:
+    def states(model: PreTrainedModel, batch: list[Example]) -> tuple[torch.Tensor, int]:
+        with clock("teacher"):
+            return hidden_states(run, model, batch, teacher=True)
+
+    engine = run.engine
+    return SecondModel(
+        run.teacher, run.student, run.config, states, engine.head, engine.as_teacher, engine.loss_dtype,
+        engine.vocabulary,
+    )  # fmt: skip
+
+
+def hidden_states(
+    run: Run, model: PreTrainedModel, batch: list[Example], teacher: bool = False
+) -> tuple[torch.Tensor, int]:
+    """Of all completion tokens of the batch, and the tokens that were computed for them. Members of a vocabulary group
+    compute a part each; without any example a token is computed, because others may wait for its collectives."""
+    own = run.ranks.part_of(batch)
+    prompts = [example.teacher_prompt_ids if teacher else example.prompt_ids for example in own] or [[0]]
+    completions = [example.rollout.token_ids for example in own] or [[0]]
+    settings, pad_id = run.config.training, int(run.tokenizer.pad_token_id)
+    with torch.set_grad_enabled(not teacher):
+        hidden, computed = run.engine.through(
+            model,
+            lambda: completion_hidden(model, prompts, completions, pad_id, settings.tree, settings.max_pack_tokens),
+        )
+        if not own:
+            hidden, computed = hidden[:0], 0
+        rows = run.ranks.gather_rows(hidden, run.ranks.token_counts([e.rollout.token_ids for e in batch]))
+    return rows, computed * run.ranks.vocab_parallel  # a group counts once in the sum over processes
 
 
 def update(run: Run, step: int) -> float:
     """One optimizer step, and one of the teacher where it moves; the norm of the gradient before it is clipped."""
-    norm = float(run.accelerator.clip_grad_norm_(run.student.parameters(), run.config.training.max_grad_norm))
+    norm = run.engine.reduce_and_clip(run.config.training.max_grad_norm)
     if not math.isfinite(norm):
         raise FloatingPointError(f"gradient norm is {norm} at step {step}; the last checkpoint is intact")
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad()
     if moves(run.config):
-        assert run.teacher is not None
-        update_ema(run.teacher, run.student, run.config.distillation.teacher_update_rate)
+        run.engine.update_teacher(run.config.distillation.teacher_update_rate)
     return norm
 
 
@@ -141,23 +163,11 @@ class Totals:
             self.sums[name] += value
             self.counts[name] += count
 
-    def metrics(self, iterations: int) -> dict[str, float]:
+    def metrics(self, ranks: Ranks, iterations: int) -> dict[str, float]:
         """Over all processes; sums are of one iteration."""
-        gathered = gather_object([({name: float(v) for name, v in self.sums.items()}, dict(self.counts))])
-        sums: dict[str, float] = defaultdict(float)
-        counts: dict[str, float] = defaultdict(float)
-        for some_sums, some_counts in gathered:
-            for name, value in some_sums.items():
-                sums[name] += value
-            for name, value in some_counts.items():
-                counts[name] += value
+        sums = ranks.totals({name: float(value) for name, value in self.sums.items()})
+        counts = ranks.totals(self.counts)
         return {name: value / counts.get(name, iterations) for name, value in sums.items()}
-
-
-def global_sums(run: Run, *values: float) -> list[float]:
-    """Each value added up over all processes."""
-    local = torch.tensor(values, dtype=torch.float64).to(run.accelerator.device)
-    return [float(value) for value in run.accelerator.reduce(local, "sum")]
 
 
 def micro_batches(examples: list[Example], size: int, tree: bool, whole_groups: bool) -> Iterator[list[Example]]:

@@ -159,13 +159,12 @@ def _summarised(group: Group, others: list[int], peers: Peers, config: ContextCo
     return tuple(left[: config.summary_k])
 
 
-def strangers_of(groups: Sequence[Group], index: int, threshold: float) -> list[Rollout]:
+def strangers_of(group: Group, batch: Sequence[Group], threshold: float) -> list[Rollout]:
     """Successes of the batch's other prompts; a group of the same prompt drawn twice is no other prompt."""
-    prompt = groups[index].prompt.token_ids
     return [
         rollout
-        for group in groups
-        if group.prompt.token_ids != prompt
-        for rollout in group.rollouts
+        for other in batch
+        if other.prompt.token_ids != group.prompt.token_ids
+        for rollout in other.rollouts
         if rollout.succeeded(threshold)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +46,6 @@ class PeerSummaries:
                 made[place] = reply or excerpt(texts[place], self.tokenizer, self.config.summary_max_tokens)
         return made
 
-    def metrics(self) -> dict[str, float]:
-        """Shares of the step's summaries by where they come from."""
-        total = sum(self.counts.values())
-        return {f"summaries/{name}": count / total for name, count in self.counts.items()} if total else {}
-
     def _request(self, group: Group, text: str) -> list[int]:
         def encode(texts: list[str]) -> list[int]:
             messages = with_suffix(group.prompt.messages, self.config.summary_request.replace("{text}", texts[0]))
@@ -59,6 +54,12 @@ class PeerSummaries:
             return encode_prompt(opened, self.tokenizer, self.chat_template_kwargs)
 
         return fitted(encode, [text], self.tokenizer, self.config.max_reprompt_len)
+
+
+def shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """Of the step's summaries by where they come from."""
+    total = sum(counts.values())
+    return {f"summaries/{name}": count / total for name, count in counts.items()} if total else {}
 
 
 def _tagged(text: str) -> str | None:

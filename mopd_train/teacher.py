@@ -5,9 +5,10 @@ Legend: N completion tokens of a micro-batch, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,38 +17,43 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mopd_kernels import LMHead, trust_region_teacher
 
 from .config import Config
+from .fsdp import local
 from .models import check_same_tokenizer, load_model, load_tokenizer
 from .objectives import Example, method_of
-from .scoring import completion_hidden
 
 
 def build_teacher(
-    config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    load: Callable[[str, str, torch.device], PreTrainedModel] | None = None,  # name, dtype, device; default: plainly
 ) -> PreTrainedModel | None:
     """The weights that the method needs beside the student's; None where it needs none, the student for `self`.
 
     ema: a copy that `update_ema` moves. trust-region, and the reference of DPO: the initial student, always from
-    model.model_name_or_path, so that a resumed run has the same. frozen: teacher_model_name_or_path or that.
+    model.model_name_or_path, so that a resumed run has the same. frozen: teacher_model_name_or_path or that. With an
+    adapter all of them share the student's weights (adapters.py).
     """
     kind, settings = method_of(config).teacher, config.distillation
     if kind is None:
         return None
-    if kind == "context" and settings.teacher_regularization == "self":
+    softcap = getattr(student.config.get_text_config(), "final_logit_softcapping", None)
+    if mixes(config) and softcap is not None:
+        raise ValueError(
+            f"distillation.teacher_regularization=trust-region mixes logits, which a softcap (here {softcap}) does not "
+            "allow: choose ema or frozen"
+        )
+    if config.model.use_peft or (kind == "context" and settings.teacher_regularization == "self"):
         return student
     name = settings.teacher_model_name_or_path if kind == "context" else None
     if name is not None:
         check_same_tokenizer(tokenizer, load_tokenizer(name), name)
     dtype = settings.teacher_dtype or ("float32" if moves(config) else config.model.dtype)
-    device = "cpu" if settings.teacher_offload else student.device
+    device = torch.device("cpu") if settings.teacher_offload else student.device
+    plain = partial(load_model, attn_implementation=config.model.attn_implementation)
     path = name or config.model.model_name_or_path
-    teacher = load_model(path, dtype, config.model.attn_implementation, device).requires_grad_(False)
-    LMHead.from_model(teacher)  # refuses heads that the loss cannot use
-    if mixes(config) and LMHead.from_model(student).softcap is not None:
-        raise ValueError(
-            "distillation.teacher_regularization=trust-region mixes logits, which a softcap (here "
-            f"{LMHead.from_model(student).softcap}) does not allow: choose ema or frozen"
-        )
-    return teacher
+    teacher = load(path, dtype, device) if load else plain(path, dtype, device=device)
+    return teacher.requires_grad_(False)
 
 
 def moves(config: Config) -> bool:
@@ -60,11 +66,17 @@ def mixes(config: Config) -> bool:
     return method_of(config).teacher == "context" and config.distillation.teacher_regularization == "trust-region"
 
 
+def adapter_of_teacher(config: Config) -> str:
+    """How a model with an adapter becomes the teacher: without it where the initial student is meant."""
+    reads = method_of(config).teacher == "context" and not mixes(config)
+    return config.distillation.teacher_regularization if reads else "frozen"
+
+
 @torch.no_grad()
 def update_ema(teacher: PreTrainedModel, student: PreTrainedModel, rate: float) -> None:
     """teacher <- (1 - rate) teacher + rate student, parameter by parameter; tied ones once."""
     for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
-        ours.lerp_(theirs.to(ours), rate)
+        local(ours).lerp_(local(theirs).to(local(ours)), rate)  # under FSDP each process moves its shard
 
 
 @contextmanager
@@ -86,14 +98,20 @@ class Scored:
     computed: int  # tokens that went through a model
 
 
+@dataclass
 class SecondModel:
-    """Scores the micro-batches of one step; heads are built once, while the student stands still."""
+    """Scores the micro-batches of one step; what can be is built once, while the student stands still."""
 
-    def __init__(self, model: PreTrainedModel | None, student: PreTrainedModel, config: Config, pad_id: int) -> None:
-        self.model, self.student, self.config, self.pad_id = model, student, config, pad_id
-        self.home = torch.device("cpu")  # of offloaded weights
-        self.head: LMHead | None = None
-        self.mixed: LMHead | None = None
+    model: PreTrainedModel | None
+    student: PreTrainedModel
+    config: Config
+    states: Callable[[PreTrainedModel, list[Example]], tuple[Tensor, int]]  # (N, H) under the teacher's context
+    head_of: Callable[[PreTrainedModel], LMHead]  # after `states` of the same model
+    as_teacher: Callable[[], AbstractContextManager[None]]  # within, a model with an adapter is the teacher
+    dtype: torch.dtype  # of the student's states
+    vocabulary: int  # rows that both heads have
+    home: torch.device = field(default_factory=lambda: torch.device("cpu"))  # of offloaded weights
+    mixed: LMHead | None = None
 
     def scores(self, batches: list[list[Example]]) -> Iterator[Scored | None]:
         """One a micro-batch, in order, each when it is asked for; None where the method has no second model.
@@ -116,35 +134,27 @@ class SecondModel:
     @torch.no_grad()
     def _score(self, batch: list[Example]) -> Scored:
         assert self.model is not None
-        hidden, computed = self._hidden(self.model, batch)
-        hidden = hidden.to(self.student.dtype)
-        if self.head is None:
-            self.head = _constant(LMHead.from_model(self.model), LMHead.from_model(self.student))
+        with self.as_teacher():
+            hidden, computed = self.states(self.model, batch)
+            head = self._constant(self.head_of(self.model))
+        hidden = hidden.to(self.dtype)
         if not mixes(self.config):
-            return Scored(hidden, self.head, computed)
-        student_hidden, more = self._hidden(self.student, batch)
+            return Scored(hidden, head, computed)
+        student_hidden, more = self.states(self.student, batch)
+        own = self._constant(self.head_of(self.student))
         rate = self.config.distillation.teacher_update_rate
-        self.mixed, hidden = trust_region_teacher(
-            self.head, hidden, LMHead.from_model(self.student), student_hidden, rate, mixed_head=self.mixed
+        mixed, hidden = trust_region_teacher(head, hidden, own, student_hidden, rate, mixed_head=self.mixed)
+        if mixed.weight.size(1) > own.weight.size(1):  # a copy, which no gather of shards can take away
+            self.mixed = mixed
+        return Scored(hidden, mixed, computed + more)
+
+    def _constant(self, head: LMHead) -> LMHead:
+        """The head as it is now, in the student's precision: it keeps its tensors when the model moves away. One
+        tokenizer serves both models, so rows past the smaller head are padding, however many."""
+        rows = min(self.vocabulary, head.vocab_size or self.vocabulary)
+        return replace(
+            head,
+            weight=head.weight.detach().to(self.dtype),
+            bias=None if head.bias is None else head.bias.detach().to(self.dtype),
+            vocab_size=rows if head.shard is None else head.vocab_size,
         )
-        return Scored(hidden, self.mixed, computed + more)
-
-    def _hidden(self, model: PreTrainedModel, batch: list[Example]) -> tuple[Tensor, int]:
-        prompts = [example.teacher_prompt_ids for example in batch]
-        completions = [example.rollout.token_ids for example in batch]
-        settings = self.config.training
-        return completion_hidden(model, prompts, completions, self.pad_id, settings.tree, settings.max_pack_tokens)
-
-
-def _constant(head: LMHead, student: LMHead) -> LMHead:
-    """The head as it is now, in the student's precision: it keeps its tensors when the model moves away. One
-    tokenizer serves both models, so rows past the smaller head are padding, however many."""
-    dtype = student.weight.dtype
-    rows = min(head.weight.size(0), student.weight.size(0))
-    differs = head.shard is None and head.weight.size(0) != student.weight.size(0)
-    return replace(
-        head,
-        weight=head.weight.detach().to(dtype),
-        bias=None if head.bias is None else head.bias.detach().to(dtype),
-        vocab_size=min(rows, head.vocab_size or rows) if differs else head.vocab_size,
-    )

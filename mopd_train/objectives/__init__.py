@@ -62,6 +62,8 @@ def settle(config: Config) -> Config:
     if method.teacher == "context":
         checks.check_context(config)
         checks.check_distillation(config)
+    if method.teacher is not None:
+        checks.check_second_model(config)
     reads_peers = method.teacher == "context" and config.context.context != "none"
     least = 2 if reads_peers or method.compares else 1
     if config.rollout.num_generations < least:

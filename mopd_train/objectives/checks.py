@@ -45,6 +45,7 @@ def check_distillation(config: Config) -> None:
             f"distillation.teacher_model_name_or_path={named!r} is only read with "
             f"distillation.teacher_regularization=frozen, got {settings.teacher_regularization!r}"
         )
+    _check_engine(config)
     if settings.teacher_regularization == "ema" and settings.teacher_dtype not in (None, "float32"):
         raise ValueError(
             f"distillation.teacher_dtype={settings.teacher_dtype!r} rounds the small steps of a moving average away: "
@@ -52,6 +53,25 @@ def check_distillation(config: Config) -> None:
         )
     if settings.teacher_regularization == "self" and (settings.teacher_offload or settings.teacher_dtype):
         raise ValueError("teacher_regularization=self has no weights of its own: no teacher_offload, no teacher_dtype")
+
+
+def _check_engine(config: Config) -> None:
+    """What does not go with the way in which the models are held."""
+    settings, model = config.distillation, config.model
+    if model.use_peft and settings.teacher_model_name_or_path:
+        raise ValueError(
+            "model.use_peft takes the model itself as teacher, got distillation.teacher_model_name_or_path="
+            f"{settings.teacher_model_name_or_path!r}: leave it out, or set model.use_peft false"
+        )
+
+
+def check_second_model(config: Config) -> None:
+    """Of every method that has one."""
+    settings, model = config.distillation, config.model
+    if model.use_peft and (settings.teacher_offload or settings.teacher_dtype):
+        raise ValueError("with model.use_peft the teacher shares the student's weights: no teacher_offload or _dtype")
+    if model.sharding == "fsdp" and settings.teacher_offload:
+        raise ValueError("distillation.teacher_offload does not go with model.sharding=fsdp, which shards the teacher")
 
 
 def _check_sampled_token(config: Config) -> None:

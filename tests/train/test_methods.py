@@ -16,6 +16,7 @@ from mopd_train.metrics import Clock
 from mopd_train.objectives import METHODS, Example, settle
 from mopd_train.rollout import Rollout, generate
 from mopd_train.sampler import Sampling
+from tests.train.test_distributed import SHARDED, SPLIT, arguments, metrics_of
 from tests.train.test_evaluate import write_rows
 
 MIXED = [[1.0, 0.0, 0.5, 1.0], [0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
@@ -46,7 +47,7 @@ def judged_groups(run: setup.Run, rewards: list[list[float]]) -> list:
 
 def contexts_of(run: setup.Run, groups: list) -> list:
     if METHODS[run.config.method].teacher == "context":
-        return train.read_contexts(run, 1, groups)[0]
+        return train.read_contexts(run, groups, 7, Clock())[0]
     return [[None] * len(group.rollouts) for group in groups]
 
 
@@ -60,7 +61,7 @@ def gradients(run: setup.Run, groups: list, size: int, tree: bool) -> dict[str, 
     learning.accumulate(run, 1, batches, units, totals, Clock(), keep_logprobs=False)
     found = {name: p.grad.clone() for name, p in run.student.named_parameters()}
     run.student.zero_grad()
-    metrics = totals.metrics(1)
+    metrics = totals.metrics(run.ranks, 1)
     return found | {name: torch.tensor(metrics[name]) for name in ("loss", "entropy")} | {"count": len(batches)}
 
 
@@ -121,15 +122,39 @@ def test_a_step_without_anything_to_learn_from_moves_nothing(tiny_model, tmp_pat
 def test_several_updates_on_one_batch_compare_with_the_first(tiny_model, tmp_path):
     run = run_of(tiny_model, tmp_path / "run", write_rows(tmp_path), "grpo", training__num_iterations=3)
     groups = judged_groups(run, MIXED[:2])
-    start = run.scheduler.scheduler.last_epoch
+    start = run.scheduler.last_epoch
     metrics = learning.learn(run, 1, groups, contexts_of(run, groups), Clock())
-    assert run.scheduler.scheduler.last_epoch == start + 3
+    assert run.scheduler.last_epoch == start + 3
     assert metrics["is_ratio/update"] != 1  # the mean over three updates, of which the first has ratio 1
     assert metrics["clip_ratio"] > 0  # steps of 0.01 leave 1 +- 0.2
     examples, _ = learning.select(run, groups, contexts_of(run, groups))
     assert all(example.old_logprobs is None for example in examples)  # the next batch begins anew
 
 
+@pytest.mark.parametrize(
+    ("processes", "held", "method"),
+    [
+        (2, SPLIT, ("--method", "dpo")),
+        (2, SHARDED, ("--method", "grpo", "--training.num_iterations", "2")),
+        (2, SHARDED, ("--distillation.teacher_regularization", "trust-region")),
+        (4, SPLIT, ("--context.peer_control_mode", "unrelated_prompt", "--distillation.teacher_offload", "true")),
+    ],
+    ids=["dpo split", "grpo sharded", "trust region sharded", "unrelated, offloaded, split"],
+)
+def test_processes_do_not_change_a_step(warm, halting_model, tmp_path, processes, held, method):
+    """Pairs, advantages, mixtures and strangers of three prompts over several processes, as in one."""
+    rows, short = write_rows(tmp_path), (*method, "--training.max_steps", "2")
+    warm.run(*arguments(halting_model, tmp_path / "one", rows, *short))
+    warm.run_ranks(processes, *arguments(halting_model, tmp_path / "several", rows, *short, *held))
+    one, several = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "several")
+    assert [row["skipped_steps"] for row in one] == [0, 0]
+    for mine, expected in zip(several, one, strict=True):
+        assert mine.keys() == expected.keys()
+        for key in {key for key in expected if not key.endswith("_computed")}:
+            assert mine[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), (expected["step"], key)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     ("method", "changes"),
     [

@@ -11,7 +11,7 @@ from mopd_train.contexts import step_contexts, teacher_prompts
 from mopd_train.metrics import context_metrics
 from mopd_train.peers import choose_peers, strangers_of
 from mopd_train.rollout import Rollout
-from mopd_train.summaries import PeerSummaries
+from mopd_train.summaries import PeerSummaries, shares
 from tests.train.test_contexts import decoded, group
 
 
@@ -114,8 +114,8 @@ def test_successes_only_are_topped_up_from_other_prompts(tokenizer, match, own_s
 def test_strangers_are_successes_of_other_prompts(tokenizer):
     groups = [group(tokenizer, rewards) for rewards in ([1, 0], [1, 1, None], [1, 0])]
     groups[1].prompt.token_ids = [1, 2, 3]
-    assert strangers_of(groups, 0, 1.0) == groups[1].rollouts[:2]  # group 2 is the same prompt as group 0
-    assert strangers_of(groups, 1, 1.0) == [groups[0].rollouts[0], groups[2].rollouts[0]]
+    assert strangers_of(groups[0], groups, 1.0) == groups[1].rollouts[:2]  # group 2 is the same prompt as group 0
+    assert strangers_of(groups[1], groups, 1.0) == [groups[0].rollouts[0], groups[2].rollouts[0]]
 
 
 def test_a_step_hands_each_group_the_others_successes(tokenizer):
@@ -156,7 +156,7 @@ def test_summaries_come_from_the_text_the_student_or_an_excerpt(tokenizer):
     text = decoded(tokenizer, contexts[0], 3)
     label = config.success_summary_template.split("{text}")[0]
     assert {part.split("\n\n")[0] for part in text.split(label)[1:]} == {"multiply", "add up", "first second third"}
-    assert summaries.metrics() == {f"summaries/{name}": 1 / 3 for name in ("tag", "asked", "excerpt")}
+    assert shares(summaries.counts) == {f"summaries/{name}": 1 / 3 for name in ("tag", "asked", "excerpt")}
     assert len(recorder.asked) == 2  # once a rollout, though three teachers read each of them
     request, tokens = recorder.asked[0]
     assert tokens == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,18 @@ def moved(model, scale=0.05):
     return model
 
 
+def second_model(teacher, student, config):
+    @torch.no_grad()
+    def states(model, batch):
+        prompts, completions = [e.teacher_prompt_ids for e in batch], [e.rollout.token_ids for e in batch]
+        return completion_hidden(model, prompts, completions, 2, config.training.tree)
+
+    rows = min(model.lm_head.weight.size(0) for model in (student, teacher) if model is not None)
+    return SecondModel(teacher, student, config, states, LMHead.from_model, nullcontext, student.dtype, rows)
+
+
 def scores(teacher, student, config):
-    return SecondModel(teacher, student, config, pad_id=2).scores([EXAMPLES[:2], EXAMPLES[2:]])
+    return second_model(teacher, student, config).scores([EXAMPLES[:2], EXAMPLES[2:]])
 
 
 def logits(scored):
@@ -136,7 +147,7 @@ def test_a_larger_teacher_with_a_padded_vocabulary(tiny_model, tokenizer, model,
     tokenizer.save_pretrained(tmp_path)
     config = config_of(tiny_model, teacher_regularization="frozen", teacher_model_name_or_path=str(tmp_path), alpha=0.0)
     teacher = build_teacher(config, model, tokenizer)
-    (scored,) = SecondModel(teacher, model, config, 2).scores([EXAMPLES])
+    (scored,) = second_model(teacher, model, config).scores([EXAMPLES])
     hidden, _ = completion_hidden(model, PROMPTS, COMPLETIONS, 2, True)
     batch = TokenBatch(EXAMPLES, hidden, LMHead.from_model(model), 7.0, scored.hidden, scored.head)
     loss = METHODS["mopd"].objective(batch, config).loss
@@ -151,7 +162,7 @@ def test_a_teacher_in_another_precision(tiny_model, model):
     config = config_of(tiny_model, teacher_regularization="frozen", teacher_dtype="bfloat16")
     teacher = build_teacher(config, model, tokenizer=None)
     assert teacher.dtype == torch.bfloat16
-    (scored,) = SecondModel(teacher, model, config, 2).scores([EXAMPLES])
+    (scored,) = second_model(teacher, model, config).scores([EXAMPLES])
     hidden, _ = completion_hidden(moved(model), PROMPTS, COMPLETIONS, 2, True)
     batch = TokenBatch(EXAMPLES, hidden, LMHead.from_model(model), 7.0, scored.hidden, scored.head)
     loss = METHODS["mopd"].objective(batch, config).loss
@@ -168,7 +179,7 @@ def test_offloaded_weights_are_not_needed_once_a_step_is_scored(tiny_model, mode
     expected = logits(scores(build_teacher(plain, model, tokenizer=None), model, plain))
     config = config_of(tiny_model, teacher_offload=True)
     teacher = build_teacher(config, model, tokenizer=None)
-    second = SecondModel(teacher, model, config, pad_id=2)
+    second = second_model(teacher, model, config)
     second.home = torch.device("meta")
     seen = []
     teacher.base_model.register_forward_hook(lambda *_: seen.append(next(teacher.parameters()).device.type))
