@@ -16,7 +16,10 @@ import json
 import logging
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +169,8 @@ def _write(
     if ranks.is_main:
         tokenizer.save_pretrained(staging)
     state = {"optimizer": get_optimizer_state_dict(student, optimizer)}
-    dcp.save(state, checkpoint_id=staging / OPTIMIZER, no_dist=ranks.size == 1)
+    with _alone_or_not() as alone:
+        dcp.save(state, checkpoint_id=staging / OPTIMIZER, no_dist=alone)
 
 
 def _write_model(model: PreTrainedModel, folder: Path, ranks: Ranks, adapter: str) -> None:
@@ -183,8 +187,17 @@ def load_optimizer(path: Path, student: PreTrainedModel, optimizer: torch.optim.
     """Into a new optimizer and schedule, however many processes wrote and read; called by every process."""
     scheduler.load_state_dict(read_json(path / STATE)["scheduler"])
     state = {"optimizer": get_optimizer_state_dict(student, optimizer)}
-    dcp.load(state, checkpoint_id=path / OPTIMIZER, no_dist=not torch.distributed.is_initialized())
+    with _alone_or_not() as alone:
+        dcp.load(state, checkpoint_id=path / OPTIMIZER, no_dist=alone)
     set_optimizer_state_dict(student, optimizer, state["optimizer"])
+
+
+@contextmanager
+def _alone_or_not() -> Iterator[bool]:
+    """Whether there is no process group, of which torch warns even where it is told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield not torch.distributed.is_initialized()
 
 
 def _checksums(folder: Path) -> dict[str, str]:

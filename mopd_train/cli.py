@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
         if os.environ.get("MOPD_DEBUG"):
             raise
-        print(f"mopd: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"mopd: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         sys.exit(1)
 
 

@@ -46,7 +46,8 @@ def train(config: Config) -> Path:
     except Exception as error:
         if run.ranks.size > 1:
             last = checkpoint.checkpoints(run.folder)
-            error.add_note(f"process {run.ranks.rank} of {run.ranks.size}; last complete checkpoint: {last[-1:]}")
+            kept = last[-1] if last else "none"
+            error.add_note(f"process {run.ranks.rank} of {run.ranks.size}; last complete checkpoint: {kept}")
         raise
 
 

@@ -45,7 +45,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 @pytest.fixture(scope="session")
 def halting_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a third of the vocabulary as stop tokens: completions end at different steps, some at once."""
+    """The tiny model with a third of the vocabulary as stop tokens: completions end early, some at once."""
     folder = tmp_path_factory.mktemp("halting") / "model"
     shutil.copytree(tiny_model, folder)
     path = folder / "generation_config.json"

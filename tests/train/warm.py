@@ -56,7 +56,8 @@ class Server:
         )  # fmt: skip
 
     def ask(self, **request: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -88,18 +89,19 @@ class Server:
         assert codes == [0] * count, "\n".join(job.log.read_text()[-3000:] for job in jobs)
 
     def close(self) -> None:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(timeout=30)
         self.process.stdout.close()
 
 
 def serve() -> None:
-    import matplotlib.figure
+    import matplotlib.figure  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import mopd_train.train
+    import mopd_train.train  # noqa: F401
     from mopd_train.cli import build_parser
 
     torch.set_num_threads(1)
@@ -137,6 +139,7 @@ def _fork(request: dict[str, Any]) -> int:
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(request["environ"])
+    _inject(request["environ"])
     code: Any = 1
     try:
         main(request["arguments"])
@@ -148,6 +151,26 @@ def _fork(request: dict[str, Any]) -> int:
         sys.stderr.flush()
         os._exit(code)
 
+
+def _inject(environ: dict[str, str]) -> None:
+    """Faults: files of at most FILE_SIZE bytes; death at file operation KILL_AT_EVENT in the folder KILL_IN."""
+    if "FILE_SIZE" in environ:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environ["FILE_SIZE"]),) * 2)
+    if "KILL_AT_EVENT" in environ:
+        left = [int(environ["KILL_AT_EVENT"])]
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            if event in FILE_EVENTS and str(arguments[0]).startswith(environ["KILL_IN"]):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+
+
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 if __name__ == "__main__":
     serve()
