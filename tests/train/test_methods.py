@@ -154,7 +154,6 @@ def test_processes_do_not_change_a_step(warm, halting_model, tmp_path, processes
             assert mine[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), (expected["step"], key)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
