@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 RUN    ?= runs/smollm2-$(shell date +%Y%m%d-%H%M%S)
 CONFIG ?= examples/smollm2.yaml
 
-.PHONY: train test check bench clean
+.PHONY: train test test-faults check bench clean
 
 train: $(STAMP)  ## MOPD of the embedded small model; RUN=folder, CONFIG=file
 	$(BIN)/mopd train --config $(CONFIG) --training.output_dir $(RUN)
@@ -18,6 +18,9 @@ check: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+test-faults: $(STAMP)  ## 20 kills of one run, and a killed process under torchrun; minutes
+	MOPD_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_faults.py tests/train/test_distributed.py -k kill
 
 bench: $(STAMP)  ## the microbenchmarks; needs the bench extra, installed here
 	$(BIN)/pip install -q -c constraints.txt --no-deps liger-kernel cut-cross-entropy

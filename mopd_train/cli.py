@@ -16,6 +16,7 @@ EXAMPLES = {
     "train": """examples:
   mopd train --config examples/smollm2.yaml
   mopd train --config examples/smollm2.yaml --training.max_steps 50 --context.context 1s
+  mopd train --config examples/smollm2.yaml --method grpo --training.learning_rate 2e-5
   mopd train --config examples/smollm2.yaml --training.output_dir runs/a --training.resume_from_checkpoint latest
   mopd train --data.task math --data.train_dataset train.jsonl --model.model_name_or_path Qwen/Qwen3-1.7B""",
     "eval": """examples:
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
         if os.environ.get("MOPD_DEBUG"):
             raise
-        print(f"mopd: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"mopd: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         sys.exit(1)
 
 

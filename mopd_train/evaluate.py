@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Config, validate
 from .data import build_prompts, split_rows
+from .distributed import Ranks
+from .engine import Engine
 from .files import write_json, write_jsonl
 from .models import load_model, load_tokenizer, stop_token_ids
 from .rollout import Group, Prompt, generate
@@ -55,8 +58,10 @@ def evaluate(
     task: Task,
     config: Config,
     completions_path: Path | None = None,
-) -> Scores:
-    """Sample k completions of each prompt with the evaluation settings, judge them, write them as jsonl."""
+    engine: Engine | None = None,  # of a training run: its processes and precision
+) -> Scores | None:
+    """Sample k completions of each prompt with the evaluation settings, judge them, write them as jsonl. Several
+    processes take a part of the prompts each; the scores are the main one's, None on the others."""
     settings = config.evaluation
     sampling = Sampling(
         settings.k,
@@ -66,8 +71,14 @@ def evaluate(
         config.rollout.generation_batch_size,
     )
     stops = stop_token_ids(model, tokenizer)
-    groups = generate(model, tokenizer, prompts[: settings.num_prompts], sampling, stops, settings.seed)
+    chosen, ranks = prompts[: settings.num_prompts], engine.ranks if engine else Ranks()
+    first, stop = ranks.slice(len(chosen))
+    with engine.sampling() if engine else nullcontext():
+        groups = generate(model, tokenizer, chosen[first:stop], sampling, stops, settings.seed + first)
     judge(groups, task.reward, config.data.task)
+    groups = ranks.gathered(groups)
+    if not ranks.is_main:
+        return None
     if completions_path is not None:
         write_jsonl(completions_path, [completion_record(group, i) for group in groups for i in range(settings.k)])
     return scores(groups, config.context.success_reward_threshold)
@@ -117,6 +128,7 @@ def evaluate_command(config: Config, output: Path) -> Scores:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(config.model.model_name_or_path, config.model.dtype, config.model.attn_implementation, device)
     result = evaluate(model, tokenizer, prompts, task, config, output / "completions.jsonl")
+    assert result is not None, "one process has all prompts"
     record = {"model": config.model.model_name_or_path, "task": config.data.task, **result.as_dict()}
     write_json(output / "scores.json", record)
     table = Table(title=f"{config.model.model_name_or_path} on {config.data.task}")

@@ -76,6 +76,25 @@ def load_model(
     return model.to(device).eval()
 
 
+def empty_model(name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
+    """What `load_model` gives, on the CPU and with weights that were never written."""
+    from transformers import AutoConfig, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    folder = resolve(name_or_path)
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype), **options
+        )
+    model.tie_weights()
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except OSError:  # as in from_pretrained, a model may come without one
+        logger.info("%s has no generation config: its model config is used", name_or_path)
+    return model.eval()
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(resolve(name_or_path))
     if tokenizer.pad_token_id is None:
@@ -88,6 +107,17 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """ValueError for a tokenizer that may give ids which the model has no embedding for, in a prompt or a peer."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.size(0)
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and {name} embeds {rows}: resize the model's embeddings, or "
+            "use the tokenizer that it was trained with"
+        )
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_name: str) -> None:

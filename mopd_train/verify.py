@@ -12,6 +12,8 @@ def judge(groups: list[Group], reward: RewardFunction, task_name: str) -> None:
     """Set reward and feedback of every rollout. A verifier that raises, answers the wrong number of times or
     gives NaN stops the run with the offending prompt named: a wrong reward would train on noise."""
     flat = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+    if not flat:  # a process without prompts
+        return
     columns = {key: [prompt.row.get(key) for prompt, _ in flat] for key in {k for p, _ in flat for k in p.row}}
     columns.pop("prompt", None)
     try:
