@@ -47,7 +47,7 @@ def gradients_after(run: setup.Run) -> tuple[dict[str, float], dict[str, torch.T
 
 @pytest.mark.parametrize("tree", [True, False])
 def test_recomputed_layers_give_the_same_step(tiny_model, tmp_path, tree):
-    """And are recomputed: each layer runs once more, in the student's backward only."""
+    """And are recomputed: each layer starts once more, in the student's backward only."""
     results, calls = [], []
     for checkpointing in (False, True):
         folder = tmp_path / str(checkpointing)
@@ -56,7 +56,7 @@ def test_recomputed_layers_give_the_same_step(tiny_model, tmp_path, tree):
         )
         count = [0]
         for layer in run.student.model.layers:
-            layer.mlp.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+            layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         results.append(gradients_after(run))
         calls.append(count[0])
         assert not any(module.training for module in run.student.modules())
