@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..rollout import Messages
 from . import arithmetic, math
+
+if TYPE_CHECKING:  # a verifier's worker process imports this package, and not torch
+    from ..rollout import Messages
 
 Row = dict[str, Any]
 RewardFunction = Callable[..., Sequence[float | dict[str, Any] | None]]
