@@ -16,9 +16,10 @@ from .config import Config, validate
 from .data import build_prompts, split_rows
 from .files import write_json, write_jsonl
 from .models import load_model, load_tokenizer, stop_token_ids
+from .rewards import task_of
 from .rollout import Group, Prompt, generate
 from .sampler import Sampling
-from .tasks import Task, find_task
+from .tasks import Task
 from .verify import judge
 
 
@@ -108,7 +109,7 @@ def completion_record(group: Group, index: int) -> dict[str, Any]:
 def evaluate_command(config: Config, output: Path) -> Scores:
     """`mopd eval`: load, evaluate, print a table, write scores.json and completions.jsonl."""
     validate(config)
-    task = find_task(config.data.task)
+    task = task_of(config.data)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     _, rows = split_rows(config.data, task)
     prompts = build_prompts(

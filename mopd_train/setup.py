@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from . import checkpoint
 from .config import Config, validate
 from .data import build_prompts, split_rows
 from .models import load_model, load_tokenizer
+from .rewards import task_of
 from .rollout import Prompt
 from .rundir import check, claim
-from .tasks import Task, find_task
+from .tasks import RewardFunction, Task
 from .teacher import build_teacher
 
 
@@ -41,10 +43,10 @@ class Run:
     first_step: int
 
 
-def set_up(config: Config) -> Run:
+def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -> Run:
     """Every check that can be made before work begins is made here."""
     validate(config)
-    task = find_task(config.data.task)
+    task = task_of(config.data, reward_fns)
     settings = config.training
     resume = checkpoint.find_resume(settings.resume_from_checkpoint, Path(settings.output_dir))
     tokenizer = load_tokenizer(config.model.model_name_or_path)

@@ -7,13 +7,18 @@ of every completion token -> divergence -> backward -> AdamW -> teacher update.
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import checkpoint, report
+from .callbacks import Callback, Hooks
 from .config import Config
 from .contexts import teacher_prompts
 from .data import step_prompts
@@ -26,6 +31,7 @@ from .rollout import generate
 from .rundir import METRICS, MetricsFile
 from .sampler import Sampling
 from .setup import Run, moves, set_up
+from .tasks import RewardFunction
 from .verify import judge
 
 logger = logging.getLogger(__name__)
@@ -34,31 +40,42 @@ console = Console()
 PLOT = "training.png"  # drawn last: with it a run is complete
 
 
-def train(config: Config) -> Path:
-    """Run the whole job and return its folder."""
-    run = set_up(config)
+def train(
+    config: Config, reward_fns: Sequence[RewardFunction] | None = None, callbacks: Sequence[Callback] = ()
+) -> Path:
+    """Run the whole job and return its folder. `reward_fns` judge instead of the task's verifier."""
+    run = set_up(config, reward_fns)
+    hooks = Hooks(run, callbacks)
     settings = config.training
     if run.first_step >= settings.max_steps and (run.folder / PLOT).is_file():
         console.print(f"{run.folder} is already at step {run.first_step} of {settings.max_steps}: nothing to do")
         return run.folder
-    before = held_out_scores(run, "before") if run.first_step == 0 else None
+    step = run.first_step
+    hooks("on_train_begin", step)
+    before = held_out_scores(run, "before", hooks, 0) if run.first_step == 0 else None
     metrics_file = MetricsFile(run.folder, run.first_step)
     with progress_bar() as progress:
         bar = progress.add_task("training", total=settings.max_steps, completed=run.first_step)
         for step in range(run.first_step + 1, settings.max_steps + 1):
-            metrics = {"step": step, **train_step(run, step)}
+            hooks("on_step_begin", step)
+            metrics = {"step": step, **train_step(run, step, hooks)}
+            hooks("on_step_end", step, metrics=metrics)
             metrics_file.write(metrics)
             run.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
             progress.console.print(report.step_line(metrics, settings.max_steps), highlight=False, soft_wrap=True)
             progress.advance(bar)
-            if step % settings.save_steps == 0 or step == settings.max_steps:
-                save(run, step)
+            last = step == settings.max_steps or hooks.stopped
+            if step % settings.save_steps == 0 or last:
+                hooks("on_save", step, checkpoint=save(run, step))
+            if last:
+                break
     metrics_file.close()
-    finish(run, before)
+    finish(run, before, hooks, step)
+    hooks("on_train_end", step)
     return run.folder
 
 
-def train_step(run: Run, step: int) -> dict[str, float]:
+def train_step(run: Run, step: int, hooks: Hooks | None = None) -> dict[str, float]:
     """One batch of rollouts, one optimizer step."""
     config, clock = run.config, Clock()
     with clock("rollout"):
@@ -73,7 +90,9 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         stops = stop_token_ids(run.student, run.tokenizer)
         groups = generate(run.student, run.tokenizer, prompts, sampling, stops, seed_of(run, step))
     with clock("verify"):
-        judge(groups, run.task.reward, config.data.task)
+        judged = judge(groups, run.task.reward, config.data.task)
+    if hooks is not None:
+        hooks("on_rollouts", step, groups=groups)
     write_jsonl(
         run.folder / "completions" / f"step-{step:06d}.jsonl",
         [completion_record(group, i) for group in groups for i in range(len(group.rollouts))],
@@ -84,7 +103,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     ]
     metrics = group_metrics(groups, contexts, config.context.success_reward_threshold)
     metrics |= learn(run, step, to_examples(groups, contexts), clock)
-    return metrics | clock.metrics()
+    return metrics | judged | clock.metrics()
 
 
 def seed_of(run: Run, step: int) -> int:
@@ -92,14 +111,14 @@ def seed_of(run: Run, step: int) -> int:
     return run.config.training.seed * 1_000_003 + step * 1009
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, step: int) -> Path:
     teacher = run.teacher if moves(run.config) else None
     student = run.accelerator.unwrap_model(run.student)
     limit = run.config.training.save_total_limit
-    checkpoint.save(run.folder, step, run.accelerator, student, teacher, run.tokenizer, limit)
+    return checkpoint.save(run.folder, step, run.accelerator, student, teacher, run.tokenizer, limit)
 
 
-def held_out_scores(run: Run, name: str) -> Scores | None:
+def held_out_scores(run: Run, name: str, hooks: Hooks, step: int) -> Scores | None:
     """Scores on the held-out prompts, kept as evaluation-<name>.json; None where there are none."""
     if not run.eval_prompts or not run.config.evaluation.before_and_after:
         return None
@@ -107,12 +126,13 @@ def held_out_scores(run: Run, name: str) -> Scores | None:
         path = run.folder / f"completions-{name}.jsonl"
         scores = evaluate(run.student, run.tokenizer, run.eval_prompts, run.task, run.config, path)
     write_json(run.folder / f"evaluation-{name}.json", asdict(scores))
+    hooks("on_evaluate", step, scores=scores)
     return scores
 
 
-def finish(run: Run, before: Scores | None) -> None:
+def finish(run: Run, before: Scores | None, hooks: Hooks, step: int) -> None:
     """Evaluate again, draw, and say where everything is."""
-    after = held_out_scores(run, "after")
+    after = held_out_scores(run, "after", hooks, step)
     kept = run.folder / "evaluation-before.json"
     if before is None and kept.is_file():
         before = Scores(**read_json(kept))
@@ -132,3 +152,13 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console)
+
+
+class _CallableModule(ModuleType):
+    """`from mopd_train import train` finds this module once it is loaded, and calls it."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Path:
+        return train(*arguments, **named)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -8,7 +8,9 @@ from fractions import Fraction
 LONGEST = 1000  # characters of a final answer; a longer one is no answer
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BOXES = 50  # of a reply that are looked at, from the end
-CUE = re.compile(r"\b(?:final\s+)?(?:answer|result|solution)\b(?:\s+(?:is|are|be|must be|should be)\b\s*:?|\s*[:=])", re.I)
+CUE = re.compile(
+    r"\b(?:final\s+)?(?:answer|result|solution)\b(?:\s+(?:is|are|be|must be|should be)\b\s*:?|\s*[:=])", re.I
+)
 LINK = re.compile(r"[=≈≃]|\b(?:is|are|equals|gives|get|be|so|thus|hence|therefore)\b|:(?=\s)", re.I)
 REASON = re.compile(r"\.\s|\s(?:because|since|as|where)\s")
 NEGATED = re.compile(r"\bnot\b|n't\b", re.I)
@@ -16,7 +18,7 @@ MARKUP = re.compile(r"(?<!\w)(?:\*\*|__)|(?:\*\*|__)(?!\w)|`|\$\$?|\\[()\[\]]")
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3}){1,20}(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 POWER = re.compile(r"\s*(?:×|x|\*|·|\\times|\\cdot)\s*10\s*(?:\^|\*\*)?\s*\{?\s*([-+]?\d+|[⁻⁺]?[⁰¹²³⁴-⁹]+)\s*\}?")
 SUPERSCRIPTS = str.maketrans("⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-+0123456789")
-MINUS = str.maketrans({"−": "-", "–": "-", " ": " ", " ": " ", " ": " "})
+MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
 
 
 def without_thinking(text: str) -> str:

@@ -17,7 +17,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from .answers import MINUS, final_answer, fraction, marked_answer, numbers, only_number, without_thinking
+from .answers import MINUS, NEGATED, final_answer, fraction, marked_answer, numbers, only_number, without_thinking
 from .workers import workers
 
 SECONDS = 5.0  # of processor time for one symbolic comparison; sympy may take for ever
@@ -29,7 +29,9 @@ ASSIGNED = re.compile(r"^\s*\\?[A-Za-z]\w{0,5}\s*=\s*")
 FRACTION = re.compile(r"([-+]?)\s*(?:\\[dt]?frac\s*\{?\s*([-+]?\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?|(\d+)\s*/\s*(\d+))")
 DECIMAL = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.\d+)?")
 WORDS = re.compile(r"[A-Za-z]{2}[A-Za-z' -]*")
-OPERATOR = re.compile(r"[\\^*/+√π!_]|[A-Za-z0-9)]\s*-\s*[A-Za-z0-9(]|\d[a-zA-Z(]|[a-zA-Z)]\d|(?<![A-Za-z])(?:pi|sqrt)\b")
+OPERATOR = re.compile(
+    r"[\\^*/+√π!_]|[A-Za-z0-9)]\s*-\s*[A-Za-z0-9(]|\d[a-zA-Z(]|[a-zA-Z)]\d|(?<![A-Za-z])(?:pi|sqrt)\b"
+)
 VERDICTS = {
     "right": (1.0, "The answer is right."),
     "wrong": (0.0, "The answer {} is wrong."),
@@ -77,6 +79,9 @@ def _judge_plain(completion: str, forms: list[str]) -> tuple[str, str]:
     said = final_answer(completion)
     if said is None:
         return "none", ""
+    words = all(WORDS.fullmatch(form.strip(" .")) for form in forms)
+    if marked is None and not words and NEGATED.search(said):
+        return "none", said
     if any(gold is not None for gold in golds):
         found = literal(said)
         if found is None and marked is None:
@@ -84,7 +89,7 @@ def _judge_plain(completion: str, forms: list[str]) -> tuple[str, str]:
         if found is None:
             return ("unevaluated" if OPERATOR.search(said) else "none" if numbers(said) else "wrong"), said
         return ("right" if any(gold is not None and _equal(gold, found) for gold in golds) else "wrong"), said
-    if all(WORDS.fullmatch(form.strip(" .")) for form in forms):
+    if words:
         return ("right" if any(_same_words(said, form) for form in forms) else "wrong"), said
     if marked is None:
         spans = MATH.findall(said)

@@ -20,8 +20,12 @@ COLUMNS = (  # question and answer of AIME/HMMT/MATH, DeepMath, GSM8K-like sets
     ("question", "answer"),
     ("problem", "solution"),
 )
-UNCHECKABLE = re.compile(r"sum_|floor|\.\.\.|±|C\(|for all|f\(x\)|[a-z]=.* and |[a-z]{4,}.*\d|\d.*[a-z]{4,}|[a-z]{3,} [a-z]{2,}")
-LEAD = re.compile(r"^The limit exists and is equal to |^The only possible value for the limit is | is the only possible value$", re.I)
+UNCHECKABLE = re.compile(
+    r"sum_|floor|\.\.\.|±|C\(|for all|f\(x\)|[a-z]=.* and |[a-z]{4,}.*\d|\d.*[a-z]{4,}|[a-z]{3,} [a-z]{2,}"
+)
+LEAD = re.compile(
+    r"^The limit exists and is equal to |^The only possible value for the limit is | is the only possible value$", re.I
+)
 
 
 def adapt(row: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +48,9 @@ def champ() -> list[dict[str, Any]]:
     problems = json.loads(path.read_text(encoding="utf-8"))["problems"].values()
     rows = []
     for problem in problems:
-        stated = re.sub(r"\s*\((?:i\.e\.|none|no )[^()]*(?:\([^()]*\))*[^()]*\)$|, or approximately.*", "", problem["_answer"])
+        stated = re.sub(
+            r"\s*\((?:i\.e\.|none|no )[^()]*(?:\([^()]*\))*[^()]*\)$|, or approximately.*", "", problem["_answer"]
+        )
         forms = [LEAD.sub("", form) for form in stated.split(", or equivalently ")]
         forms = [form for form in forms if form in ("Yes", "No") or not UNCHECKABLE.search(form)]
         forms = [form for form in forms if literal(form)] or forms  # "(20*10^15-2)/17" is not worked out
@@ -57,13 +63,13 @@ def aime() -> list[dict[str, Any]]:
     """15 AIME problems from the evals package (MIT)."""
     install = "pip install --no-deps evals==3.0.1.post1"
     path = package_file("evals", "registry/data/aime_evaluation/samples.jsonl", install)
-    return [
-        {"prompt": row["input"][-1]["content"] + INSTRUCTION, "answer": row["ideal"]} for row in read_lines(path)
-    ]
+    return [{"prompt": row["input"][-1]["content"] + INSTRUCTION, "answer": row["ideal"]} for row in read_lines(path)]
 
 
-def reasoning_gym(variant: str, size: int = 200, seed: int = 0, instruction: str = "", **options: Any) -> list[dict[str, Any]]:
-    """Puzzles of the reasoning-gym generator `variant`; options are the generator's own. Another seed, other puzzles."""
+def reasoning_gym(
+    variant: str, size: int = 200, seed: int = 0, instruction: str = "", **options: Any
+) -> list[dict[str, Any]]:
+    """Puzzles of the generator `variant`, whose own options are taken as well. Another seed, other puzzles."""
     dataset = _generator(variant, json.dumps({**options, "size": size, "seed": seed}, sort_keys=True))
     return [
         {
@@ -107,7 +113,7 @@ def gym_reward(
     The answer is taken out of the reply first, and its partial marks are dropped: generators give them where the
     gold answer is a part of the reply, so that the more is said the better.
     """
-    items = []
+    items: list[list[Any]] = []
     for completion, name, options, number in zip(completions, generator, generator_options, index, strict=True):
         candidates = _candidates(completion)
         items.append([name, json.dumps(options, sort_keys=True), number, candidates])

@@ -7,20 +7,20 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from .answers import MINUS, final_answer, marked_answer, numbers, only_number, without_thinking
+from .answers import LONGEST, MINUS, NEGATED, final_answer, marked_answer, numbers, only_number, without_thinking
 
 TOLERANCE = 0.01  # relative, where a row has no column `tolerance`
 LABEL = re.compile(r"(?<![\w'])\(?([A-J])\)?(?![\w'+-])")
 LEAD = re.compile(r"\(?([A-Ja-j])([).:]+|\s+|$)\s*[-:]?\s*(.*)", re.DOTALL)
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "c": 1e-2, "m": 1e-3, "µ": 1e-6, "u": 1e-6, "n": 1e-9, "p": 1e-12}
 UNITS = {  # name -> (dimension, value in its base unit); prefixed ones are derived
-    "m": ("length", 1.0), "g": ("mass", 1.0), "s": ("time", 1.0), "J": ("energy", 1.0), "eV": ("energy", 1.602176634e-19),
-    "Pa": ("pressure", 1.0), "Hz": ("frequency", 1.0), "W": ("power", 1.0), "V": ("voltage", 1.0), "A": ("current", 1.0),
-    "N": ("force", 1.0), "mol": ("amount", 1.0), "L": ("volume", 1.0), "K": ("temperature", 1.0), "M": ("molarity", 1.0),
-    "C": ("charge", 1.0), "u": ("atomic mass", 1.0), "Da": ("atomic mass", 1.0), "amu": ("atomic mass", 1.0),
-    "g/mol": ("atomic mass", 1.0), "J/mol": ("molar energy", 1.0), "g/cm3": ("density", 1.0), "kg/m3": ("density", 1e-3),
-    "Å": ("length", 1e-10), "min": ("time", 60.0), "h": ("time", 3600.0), "bar": ("pressure", 1e5),
-    "atm": ("pressure", 101325.0), "°C": ("celsius", 1.0), "%": ("percent", 1.0),
+    "m": ("length", 1.0), "Å": ("length", 1e-10), "g": ("mass", 1.0), "s": ("time", 1.0), "min": ("time", 60.0),
+    "h": ("time", 3600.0), "J": ("energy", 1.0), "eV": ("energy", 1.602176634e-19), "W": ("power", 1.0),
+    "Pa": ("pressure", 1.0), "bar": ("pressure", 1e5), "atm": ("pressure", 101325.0), "Hz": ("frequency", 1.0),
+    "V": ("voltage", 1.0), "A": ("current", 1.0), "C": ("charge", 1.0), "N": ("force", 1.0), "mol": ("amount", 1.0),
+    "L": ("volume", 1.0), "K": ("temperature", 1.0), "°C": ("celsius", 1.0), "M": ("molarity", 1.0),
+    "u": ("atomic mass", 1.0), "Da": ("atomic mass", 1.0), "amu": ("atomic mass", 1.0), "g/mol": ("atomic mass", 1.0),
+    "J/mol": ("molar energy", 1.0), "g/cm3": ("density", 1.0), "kg/m3": ("density", 1e-3), "%": ("percent", 1.0),
 }  # fmt: skip
 SPELLED = {
     "kelvin": "K", "kelvins": "K", "meters": "m", "meter": "m", "metres": "m", "picometers": "pm", "nanometers": "nm",
@@ -29,6 +29,8 @@ SPELLED = {
     "angstrom": "Å", "kj mol^-1": "kJ/mol", "g mol^-1": "g/mol", "°c": "°C", "daltons": "Da",
 }  # fmt: skip
 NO_ANSWER = {"score": 0.0, "feedback": "The reply has no single final answer."}
+BRACKET = re.compile(r"\[[A-Z][^\[\]\s]{0,80}\]")
+MOLECULE = re.compile(r"[A-Z][A-Za-z0-9{}₀-₉+-]{0,80}")
 Verdict = dict[str, Any]
 
 
@@ -98,13 +100,15 @@ def _labels(said: str, options: dict[str, str]) -> set[str]:
         first, separator, rest = lead.group(1).upper(), lead.group(2), lead.group(3)
         if not rest or _plain(rest) == _plain(options[first]):  # "C", "(C) Atrophy", also where that text names labels
             return {first}
-        if separator.isspace() and lead.group(1) == "A":
+        if separator.isspace() and lead.group(1) == "A" and rest[0].islower():
             labels.discard("A")  # an article
         elif not separator.isspace():
             labels.add(first)
     texts = {label for label, text in options.items() if _plain(text) == _plain(said)}
     if texts:
         return texts
+    if NEGATED.search(said):
+        return set(options)
     for label in list(labels):  # "I think (C) Atrophy": the text of another choice beside it contradicts the label
         labels |= {
             other
@@ -191,13 +195,19 @@ def _same_text(said: str, gold: str) -> bool:
 
 def formula(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
     """A molecular formula with the same count of every element; order and subscripts' form are free."""
-    reply = without_thinking(completion)
-    brackets = re.findall(r"\[([^\[\]\s]{1,80})\]", reply[-5000:])
-    said = marked_answer(reply) or (brackets[-1] if brackets else final_answer(completion))
+    text = without_thinking(completion)
+    said = marked_answer(text)
     if said is None:
+        bracketed = [line for line in text.splitlines() if BRACKET.search(line)]
+        line = bracketed[-1] if bracketed else None
+        said = line[BRACKET.search(line).start() :] if line is not None else final_answer(completion)  # type: ignore[union-attr]  # found above
+    if said is None or len(said) > LONGEST:
         return NO_ANSWER
-    stated = re.split(r"\s+|[=:]", said.strip(" .[]$"))[-1].strip("[].")
-    return _verdict(_atoms(stated) is not None and _atoms(stated) == _atoms(str(gold).strip(" []")), said)
+    stated = {token for token in re.split(r"[\s\[\]$,;:=()]+", said.replace("_", "")) if MOLECULE.fullmatch(token.strip(".{}*"))}
+    counts = [_atoms(token.strip(".*")) for token in stated]
+    if len(stated) != 1 or counts == [None]:
+        return NO_ANSWER
+    return _verdict(counts[0] == _atoms(str(gold).strip(" []")), said)
 
 
 def _atoms(text: str) -> dict[str, int] | None:

@@ -15,8 +15,10 @@ Row = dict[str, Any]
 MENDELEEV = "pip install --no-deps mendeleev"
 EVALS = "pip install --no-deps evals==3.0.1.post1"
 LM_EVAL = "pip install --no-deps lm_eval"
-SCIENCE = re.compile(r"biology|chemistry|physics|astronomy|anatomy|medicine|medical|genetics|virology|nutrition|machine|"
-                     r"electrical|computer|mathematics|algebra|statistics|clinical")  # fmt: skip
+SCIENCE = re.compile(
+    r"biology|chemistry|physics|astronomy|anatomy|medicine|medical|genetics|virology|nutrition|clinical|"
+    r"electrical|computer|machine|mathematics|algebra|statistics"
+)
 OPTION = re.compile(r"\(([A-D])\)\s*(.*?)(?=\s*\([A-D]\)|\Z)", re.DOTALL)
 LETTER = "\n\nAnswer with the letter of the right choice."
 KINDS = ("symbol", "name", "number", "group", "period", "weight", "heavier")
@@ -26,7 +28,7 @@ HELD_OUT_SHARE = 5  # every fifth element's questions are held out
 def adapt(row: Row) -> Row:
     """A row of SciKnowEval, ARC or MMLU with `prompt`, `choices` and `answer`; other rows as they are."""
     question = row.get("question")
-    if question is None or isinstance(row.get("prompt"), (str, list)) and "answer" in row:
+    if question is None or (isinstance(row.get("prompt"), str | list) and "answer" in row):
         return row
     choices, key = row.get("choices"), row.get("answerKey")
     if isinstance(question, dict):  # OpenBookQA
@@ -36,7 +38,11 @@ def adapt(row: Row) -> Row:
     if choices and (isinstance(choices, list) or choices.get("text")):
         gold = key if key not in (None, "") else row.get("answer")
         return {**row, "prompt": with_choices(str(question), choices), "choices": choices, "answer": gold}
-    return {**{k: v for k, v in row.items() if k != "choices"}, "prompt": str(question), "answer": row.get("answer") or key}
+    return {
+        **{k: v for k, v in row.items() if k != "choices"},
+        "prompt": str(question),
+        "answer": row.get("answer") or key,
+    }
 
 
 def with_choices(question: str, choices: Any) -> str:
@@ -104,7 +110,11 @@ def _question(kind: str, rng: random.Random, pool: list[dict[str, Any]]) -> Row 
     asked: dict[str, tuple[str, Any, Row]] = {
         "symbol": (f"What is the chemical symbol of {name}? {short} symbol.", element["symbol"], {"kind": "text"}),
         "name": (f"Which element has the symbol {element['symbol']}? {short} name.", name, {"kind": "text"}),
-        "number": (f"What is the atomic number of {name}? {short} number.", element["atomic_number"], {"tolerance": 0.0}),
+        "number": (
+            f"What is the atomic number of {name}? {short} number.",
+            element["atomic_number"],
+            {"tolerance": 0.0},
+        ),
         "group": (f"Which group is {name} in? {short} number.", element["group_id"], {"tolerance": 0.0}),
         "period": (f"Which period is {name} in? {short} number.", element["period"], {"tolerance": 0.0}),
         "weight": (

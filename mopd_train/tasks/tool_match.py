@@ -124,7 +124,7 @@ def _dict_matches(value: dict[str, Any], answer: dict[str, Any]) -> bool:
     return all(_plain(item) in [_plain(a) for a in answer[key]] for key, item in value.items())
 
 
-def _items_fit(value: list[Any], accepted: list[Any], schema: Schema) -> bool:
+def _items_fit(value: Any, accepted: list[Any], schema: Schema) -> bool:
     """Whether the items have the schema's type or that of the first accepted item."""
     inner = TYPES.get(str((schema.get("items") or {}).get("type")), str)
     for answer in accepted:

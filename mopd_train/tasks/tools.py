@@ -8,8 +8,6 @@ no function fits. Both may be JSON text. `answer` may be null where any call of 
 from __future__ import annotations
 
 import json
-import random
-from functools import lru_cache
 from typing import Any
 
 from .answers import without_thinking
@@ -19,8 +17,10 @@ from .tool_match import Expected, Schema, compare
 
 Row = dict[str, Any]
 INSTALL = "pip install --no-deps bfcl-eval"
-CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple",
-              "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")  # fmt: skip
+CATEGORIES = (
+    "simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple", "live_multiple",
+    "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance",
+)  # fmt: skip
 SYSTEM = """You can call functions. They are, one JSON schema a line:
 {tools}
 
@@ -54,7 +54,10 @@ def _judge(completion: str, tools: Any, answer: Any) -> dict[str, Any]:
         right = bool(calls) and all(call["name"] in known for call in calls)
         return {"score": float(right), "feedback": "A call is right." if right else "A listed function must be called."}
     if not calls:
-        right = not expected and bool(without_thinking(completion).strip())
+        text = without_thinking(completion)
+        if not expected and any(f"{s['name']}(" in text or f'"{s["name"]}"' in text for s in schemas):
+            return {"score": 0.0, "feedback": "No function can do this: no call was to be made."}
+        right = not expected and bool(text.strip())
         return {"score": float(right), "feedback": "No call is right." if right else "The reply makes no call."}
     fault = compare(calls, expected, schemas)
     return {"score": float(fault is None), "feedback": fault or "The calls are right."}
@@ -107,7 +110,7 @@ def gold_calls(expected: list[Expected], schemas: list[Schema]) -> list[dict[str
     by_name = {schema["name"]: schema for schema in schemas}
     calls = []
     for call in expected:
-        (name, arguments), = call.items()
+        ((name, arguments),) = call.items()
         parameters = by_name[name]["parameters"]
         given = {}
         for key, accepted in arguments.items():
@@ -137,13 +140,10 @@ def with_tools(messages: list[dict[str, str]], tools: list[Schema]) -> list[dict
     return [{"role": "system", "content": "\n\n".join([*system, shown])}, *rest]
 
 
-def adapt(row: Row) -> Row:
-    """A row of ToolAlpaca, of the leaderboard, or with `tools` and `messages`/`question`; other rows as they are."""
-    if "instruction" in row and "Function_Description" in row:  # ToolAlpaca, one instruction a row: toolalpaca()
-        tools = toolalpaca_schemas(row["Function_Description"])
-        gold = [{"name": a["Action"], "arguments": a["Action_Input"]} for a in row["golden_answer"]]
-        return {**row, "prompt": with_tools([{"role": "user", "content": row["instruction"]}], tools),
-                "tools": tools, "answer": gold}  # fmt: skip
+def adapt(row: Row) -> Row | list[Row]:
+    """A row of the leaderboard; a ToolAlpaca API, which is one row an instruction; other rows as they are."""
+    if "Instructions" in row and "Function_Description" in row:
+        return _toolalpaca_rows(row)
     if "prompt" not in row and "function" in row and "question" in row:
         return _bfcl_row(row, row.get("ground_truth", row.get("answer", [])))
     return row
@@ -169,19 +169,22 @@ def toolalpaca_schemas(described: dict[str, str]) -> list[Schema]:
     return schemas
 
 
-def toolalpaca(row: Row) -> list[Row]:
-    """One row an instruction of a ToolAlpaca API record whose gold calls are all known."""
-    return [
-        adapt({**row, "instruction": instruction, "golden_answer": golden})
-        for instruction, golden in zip(row["Instructions"], row.get("Golden_Answers", []), strict=False)
-        if golden
-    ]
+def _toolalpaca_rows(row: Row) -> list[Row]:
+    """One row an instruction that has gold calls."""
+    tools, rows = toolalpaca_schemas(row["Function_Description"]), []
+    for instruction, golden in zip(row["Instructions"], row.get("Golden_Answers", []), strict=False):
+        if golden:
+            prompt = with_tools([{"role": "user", "content": instruction}], tools)
+            calls = [{"name": step["Action"], "arguments": step["Action_Input"]} for step in golden]
+            rows.append({"prompt": prompt, "tools": tools, "answer": calls})
+    return rows
 
 
 def bfcl(variant: str) -> list[Row]:
     """A category of the Berkeley Function Calling Leaderboard v4 (Apache-2.0), from the bfcl-eval package.
 
-    A benchmark. Rows whose own gold answer breaks their schema are left out (two of live_multiple).
+    A benchmark. Rows whose own gold answer breaks their schema are left out (two of live_simple and two of
+    live_multiple, which the leaderboard's own check refuses as well).
     """
     if variant not in CATEGORIES:
         raise ValueError(f"expected bfcl:CATEGORY with CATEGORY in {list(CATEGORIES)}, got {variant!r}")
@@ -190,7 +193,7 @@ def bfcl(variant: str) -> list[Row]:
     if "relevance" not in variant:
         path = package_file("bfcl_eval", f"data/possible_answer/BFCL_v4_{variant}.json", INSTALL)
         answers = {row["id"]: row["ground_truth"] for row in read_lines(path)}
-    none = [] if "irrelevance" in variant else None
+    none: Any = [] if "irrelevance" in variant else None
     rows = [_bfcl_row(question, answers.get(question["id"], none)) for question in questions]
     return [row for row in rows if not row["answer"] or _consistent(row)]
 
@@ -201,6 +204,8 @@ def _consistent(row: Row) -> bool:
 
 
 def _bfcl_row(row: Row, answer: Any) -> Row:
-    messages = row["question"][0] if isinstance(row["question"], list) else [{"role": "user", "content": row["question"]}]
+    messages = (
+        row["question"][0] if isinstance(row["question"], list) else [{"role": "user", "content": row["question"]}]
+    )
     tools = row["function"] if isinstance(row["function"], list) else [row["function"]]
     return {"id": row.get("id"), "prompt": with_tools(messages, tools), "tools": tools, "answer": answer}

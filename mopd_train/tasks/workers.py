@@ -7,6 +7,7 @@ unsafe, and spawning runs the user's script again.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import math
@@ -82,10 +83,8 @@ class Workers:
         code = worker.wait()
         for stream in (worker.stdin, worker.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass
         if worker in self.started:
             self.started.remove(worker)
         return code
