@@ -129,7 +129,7 @@ def _adapted(source: str, task: Task) -> list[Row]:
         plain = from_verl(row) if "reward_model" in row else row
         try:
             found = task.adapt(plain) if task.adapt is not None else plain
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{where} looks like a known layout and is not: {type(error).__name__}: {error}"
             ) from error

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
-from .config import DataConfig
+from .config import Config
 from .tasks import RewardFunction, Task, find_task
 
 GRACE = 30.0  # seconds after the limit until a process that does not even take signals is ended
@@ -156,8 +156,9 @@ def time_limit(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def task_of(config: DataConfig, reward_fns: Sequence[RewardFunction] | None = None) -> Task:
+def task_of(settings: Config, reward_fns: Sequence[RewardFunction] | None = None) -> Task:
     """The task of the settings, judged by `reward_fns`, else by data.reward_functions, else by its own verifier."""
+    config = settings.data
     task = find_task(config.task)
     functions = list(reward_fns or []) or [imported(path, "data.reward_functions") for path in config.reward_functions]
     own = not functions

@@ -46,7 +46,7 @@ class Run:
 def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -> Run:
     """Every check that can be made before work begins is made here."""
     validate(config)
-    task = task_of(config.data, reward_fns)
+    task = task_of(config, reward_fns)
     settings = config.training
     resume = checkpoint.find_resume(settings.resume_from_checkpoint, Path(settings.output_dir))
     tokenizer = load_tokenizer(config.model.model_name_or_path)

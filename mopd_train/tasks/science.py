@@ -203,7 +203,11 @@ def formula(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
         said = line[BRACKET.search(line).start() :] if line is not None else final_answer(completion)  # type: ignore[union-attr]  # found above
     if said is None or len(said) > LONGEST:
         return NO_ANSWER
-    stated = {token for token in re.split(r"[\s\[\]$,;:=()]+", said.replace("_", "")) if MOLECULE.fullmatch(token.strip(".{}*"))}
+    stated = {
+        token
+        for token in re.split(r"[\s\[\]$,;:=()]+", said.replace("_", ""))
+        if MOLECULE.fullmatch(token.strip(".{}*"))
+    }
     counts = [_atoms(token.strip(".*")) for token in stated]
     if len(stated) != 1 or counts == [None]:
         return NO_ANSWER

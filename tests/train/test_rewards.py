@@ -37,13 +37,15 @@ async def slowly(completions, **_):
 
 
 def groups():
-    prompts = [Prompt([{"role": "user", "content": q}], [1], {"prompt": q, "answer": a}) for q, a in (("p", "x"), ("q", "yy"))]
+    prompts = [
+        Prompt([{"role": "user", "content": q}], [1], {"prompt": q, "answer": a}) for q, a in (("p", "x"), ("q", "yy"))
+    ]
     return [Group(prompt, [Rollout([1], "x", True), Rollout([2], "yy", True)]) for prompt in prompts]
 
 
 def judged(functions, **settings):
     some = groups()
-    metrics = judge(some, task_of(DataConfig(**settings), functions).reward, "mine")
+    metrics = judge(some, task_of(Config(data=DataConfig(**settings)), functions).reward, "mine")
     return [(r.reward, r.feedback) for group in some for r in group.rollouts], metrics
 
 
@@ -84,18 +86,18 @@ def test_async_functions_run_at_the_same_time():
 
 
 def test_dotted_paths_and_weights_from_the_settings():
-    config = DataConfig(reward_functions=["tests.train.rewards.parity", "tests.train.test_rewards.length"])
+    config = Config(data=DataConfig(reward_functions=["tests.train.rewards.parity", "tests.train.test_rewards.length"]))
     reward = task_of(config).reward
     assert isinstance(reward, Rewards)
     assert (reward.functions[0], reward.names, reward.weights) == (examples.parity, ("parity", "length"), (1.0, 1.0))
     assert task_of(config).columns == ()
-    assert task_of(DataConfig(task="math")).columns == ("answer",)
+    assert task_of(Config(data=DataConfig(task="math"))).columns == ("answer",)
     with pytest.raises(ValueError, match=r"data.reward_functions: 'tests.train.rewards.nope' cannot be imported"):
-        task_of(DataConfig(reward_functions=["tests.train.rewards.nope"]))
+        task_of(Config(data=DataConfig(reward_functions=["tests.train.rewards.nope"])))
     with pytest.raises(ValueError, match="for each of 2 reward functions, got \\[1.0\\]"):
-        task_of(DataConfig(reward_weights=[1.0]), [length, answered])
+        task_of(Config(data=DataConfig(reward_weights=[1.0])), [length, answered])
     with pytest.raises(TypeError, match="expected functions in reward_fns, got 'length'"):
-        task_of(DataConfig(), ["length"])
+        task_of(Config(), ["length"])
     with pytest.raises(ValueError, match="expected data.reward_timeout > 0, got 0"):
         validate(Config(data=DataConfig(reward_timeout=0)))
 
@@ -107,7 +109,11 @@ def test_dotted_paths_and_weights_from_the_settings():
         (lambda completions: [math.nan] * 4, RuntimeError, "gave nan for prompt 'p' and completion 'x'"),
         (lambda completions: [math.inf] * 4, RuntimeError, "gave inf for prompt 'p'"),
         (lambda completions: ["good"] * 4, RuntimeError, "gave 'good', expected a number"),
-        (lambda completions: 1 / 0, RuntimeError, "raised ZeroDivisionError: division by zero.*prompt of the batch: 'p'"),
+        (
+            lambda completions: 1 / 0,
+            RuntimeError,
+            "raised ZeroDivisionError: division by zero.*prompt of the batch: 'p'",
+        ),
     ],
 )
 def test_wrong_verdicts_name_function_and_prompt(function, error, message):
