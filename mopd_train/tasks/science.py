@@ -196,11 +196,8 @@ def _same_text(said: str, gold: str) -> bool:
 def formula(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
     """A molecular formula with the same count of every element; order and subscripts' form are free."""
     text = without_thinking(completion)
-    said = marked_answer(text)
-    if said is None:
-        bracketed = [line for line in text.splitlines() if BRACKET.search(line)]
-        line = bracketed[-1] if bracketed else None
-        said = line[BRACKET.search(line).start() :] if line is not None else final_answer(completion)  # type: ignore[union-attr]  # found above
+    bracketed = [line[match.start() :] for line in text.splitlines() if (match := BRACKET.search(line))]
+    said = marked_answer(text) or (bracketed[-1] if bracketed else final_answer(completion))
     if said is None or len(said) > LONGEST:
         return NO_ANSWER
     stated = {

@@ -47,7 +47,8 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path, tokenizer):
 
 
 def test_verl_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     rows = [

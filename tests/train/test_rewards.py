@@ -94,11 +94,11 @@ def test_dotted_paths_and_weights_from_the_settings():
     assert task_of(Config(data=DataConfig(task="math"))).columns == ("answer",)
     with pytest.raises(ValueError, match=r"data.reward_functions: 'tests.train.rewards.nope' cannot be imported"):
         task_of(Config(data=DataConfig(reward_functions=["tests.train.rewards.nope"])))
-    with pytest.raises(ValueError, match="for each of 2 reward functions, got \\[1.0\\]"):
+    with pytest.raises(ValueError, match=r"for each of 2 reward functions, got \[1.0\]"):
         task_of(Config(data=DataConfig(reward_weights=[1.0])), [length, answered])
     with pytest.raises(TypeError, match="expected functions in reward_fns, got 'length'"):
         task_of(Config(), ["length"])
-    with pytest.raises(ValueError, match="expected data.reward_timeout > 0, got 0"):
+    with pytest.raises(ValueError, match=r"expected data.reward_timeout > 0, got 0"):
         validate(Config(data=DataConfig(reward_timeout=0)))
 
 
@@ -142,8 +142,8 @@ def swallows(completions):
     while True:
         try:
             time.sleep(60)
-        except Exception:  # a handler that is too wide
-            pass
+        except Exception as error:  # a handler that is too wide
+            print(error)
 
 
 def backtracks(completions):

@@ -55,7 +55,8 @@ def test_wrong_answers_to_real_questions():
 @pytest.mark.parametrize(
     ("said", "score"),
     [
-        ("C", 1), ("(c)", 1), ("C) Atrophy", 1), ("**C**", 1), (r"\boxed{\text{C}}", 1), ("Atrophy", 1), ("atrophy.", 1),
+        ("C", 1), ("(c)", 1), ("C) Atrophy", 1), ("**C**", 1), (r"\boxed{\text{C}}", 1), ("Atrophy", 1),
+        ("atrophy.", 1),
         ("The answer is (C).", 1), ("I think it is option C, Atrophy.", 1), ("A careful look leads to C", 1),
         ("A", 0), ("A C", 0), ("C and D", 0), ("C) Dysplasia", 0), ("It is (C) Hypertrophy", 0), ("not C", 0),
         ("Hypertrophy or Atrophy", 0), ("A B C D", 0), ("<think>C</think>", 0), ("E", 0), ("Carbon", 0),
@@ -94,7 +95,7 @@ def test_symbols_formulas_and_equations():
     assert one("equation", ["2Fe + 3Cl2 = 2FeCl3"], "3Cl2 + 2Fe -> 2FeCl3") == 1.0
     assert one("equation", ["2Fe + 3Cl2 = 2FeCl3"], "Fe + Cl2 = FeCl3") == 0.0
     assert one("equation", ["2Fe + 3Cl2 = 2FeCl3"], "4Fe + 6Cl2 = 4FeCl3") == 0.0
-    with pytest.raises(ValueError, match="expected kind in .* got 'poem'"):
+    with pytest.raises(ValueError, match=r"expected kind in .* got 'poem'"):
         one("poem", "x", "x")
     with pytest.raises(ValueError, match="neither a label nor a text"):
         scores(reward, [{**CHOICE, "answer": "Z"}], ["A"])
@@ -122,8 +123,8 @@ def test_layouts_of_science():
                "type": "mcq-4-choices", "domain": "Biology", "prompt": {"default": "Given a question"}}  # fmt: skip
     open_ended = {"question": "How many?", "choices": {"text": [], "label": []}, "answerKey": "", "answer": "46"}
     mmlu = {"question": "Which?", "choices": OPTIONS, "answer": 2}
-    arc = {"question": {"stem": "Which?", "choices": [{"text": t, "label": x} for t, x in zip(OPTIONS, "1234")]},
-           "answerKey": "3"}  # fmt: skip
+    numbered = [{"text": text, "label": str(number)} for number, text in enumerate(OPTIONS, start=1)]
+    arc = {"question": {"stem": "Which?", "choices": numbered}, "answerKey": "3"}
     rows = [science_sets.adapt(row) for row in (sciknow, open_ended, mmlu, arc)]
     assert rows[0]["prompt"].startswith("Which?\n\nA) Hyperplasia\nB) Hypertrophy")
     for row, right, wrong in zip(rows, ("C", "46", "(C)", "Atrophy"), ("D", "45", "B", "Dysplasia"), strict=True):
