@@ -42,9 +42,16 @@ class DataConfig:
     task: str = "arithmetic"
     """A name of mopd_train.tasks.TASKS, or a dotted path of a reward function (needs train_dataset)."""
     train_dataset: str | None = None
-    """jsonl, json or parquet file, or a hub id; null takes the task's own prompts."""
+    """jsonl, json or parquet file, a named set (champ, reasoning-gym:gcd?size=64, ...), or a hub id; null takes the
+    task's own prompts. docs/tasks.md lists sets, columns and the layouts that are mapped to them."""
     eval_dataset: str | None = None
     """The same for held-out prompts."""
+    reward_functions: list[str] = field(default_factory=list)
+    """Dotted paths of reward functions that judge instead of the task's verifier."""
+    reward_weights: list[float] = field(default_factory=list)
+    """One a reward function; the reward is the weighted sum. Empty: 1 for each."""
+    reward_timeout: float = 600.0
+    """Seconds that judging one batch of completions may take; a hang ends the run with its prompts named."""
     max_prompt_length: int = 2048
     """Tokens; a longer prompt is an error before training, never cut."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -188,6 +195,7 @@ def validate(config: Config) -> None:
         "evaluation.temperature": config.evaluation.temperature,
         "training.learning_rate": training.learning_rate,
         "training.max_grad_norm": training.max_grad_norm,
+        "data.reward_timeout": config.data.reward_timeout,
     }
     for key, number in positive.items():
         if not number > 0:

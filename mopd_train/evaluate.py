@@ -19,9 +19,10 @@ from .distributed import Ranks
 from .engine import Engine
 from .files import write_json, write_jsonl
 from .models import load_model, load_tokenizer, stop_token_ids
+from .rewards import task_of
 from .rollout import Group, Prompt, generate
 from .sampler import Sampling
-from .tasks import Task, find_task
+from .tasks import Task
 from .verify import judge
 
 
@@ -112,6 +113,7 @@ def completion_record(group: Group, index: int) -> dict[str, Any]:
         "finished": rollout.finished,
         "reward": rollout.reward,
         "feedback": rollout.feedback,
+        **({"scores": rollout.scores} if len(rollout.scores) > 1 else {}),
         **{key: value for key, value in group.prompt.row.items() if key != "prompt"},
     }
 
@@ -119,7 +121,7 @@ def completion_record(group: Group, index: int) -> dict[str, Any]:
 def evaluate_command(config: Config, output: Path) -> Scores:
     """`mopd eval`: load, evaluate, print a table, write scores.json and completions.jsonl."""
     validate(config)
-    task = find_task(config.data.task)
+    task = task_of(config)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     _, rows = split_rows(config.data, task)
     prompts = build_prompts(

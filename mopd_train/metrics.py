@@ -19,7 +19,12 @@ def group_metrics(groups: list[Group], threshold: float) -> dict[str, float]:
     rewards = [torch.tensor([r.reward for r in g.rollouts if r.reward is not None]) for g in groups]
     rewards = [values for values in rewards if values.numel()]
     spread = [float(values.std(correction=0)) for values in rewards]
+    names = dict.fromkeys(name for r in rollouts for name in r.scores)
+    given = {name: [score for r in rollouts if (score := r.scores.get(name)) is not None] for name in names}
     return {
+        **(
+            {f"rewards/{name}/mean": mean(scores) for name, scores in given.items() if scores} if len(names) > 1 else {}
+        ),
         "reward": mean([float(values.mean()) for values in rewards]),
         "reward_std": mean(spread),
         "frac_reward_zero_std": mean([float(s == 0) for s in spread]),

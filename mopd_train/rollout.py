@@ -33,6 +33,7 @@ class Rollout:
     finished: bool
     reward: float | None = None  # None: the verifier gave no verdict
     feedback: str | None = None
+    scores: dict[str, float | None] = field(default_factory=dict)  # of each reward function, where several judge
     logprobs: list[float] | None = None  # of each token, by the engine that sampled it, at the sampling temperature
 
     def succeeded(self, threshold: float) -> bool:

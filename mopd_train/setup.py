@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +23,10 @@ from .distributed import Ranks
 from .engine import Engine, enable_checkpointing
 from .models import check_vocabulary, empty_model, load_model, load_tokenizer
 from .objectives import settle
+from .rewards import task_of
 from .rollout import Prompt
 from .rundir import check, claim
-from .tasks import Task, find_task
+from .tasks import RewardFunction, Task
 from .teacher import build_teacher, moves
 
 
@@ -49,13 +50,13 @@ class Run:
     first_step: int
 
 
-def set_up(config: Config) -> Run:
+def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -> Run:
     """Every check that can be made before work begins is made here."""
     validate(config)
     config = settle(config)
+    task = task_of(config, reward_fns)
     settings = config.training
     trackers.check(settings)
-    task = find_task(config.data.task)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     train_rows, eval_rows = split_rows(config.data, task)
     train_source = config.data.train_dataset or f"task {config.data.task!r}"

@@ -6,14 +6,19 @@ of every completion token -> divergence -> backward -> AdamW -> teacher update. 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import checkpoint, report, trackers
+from .callbacks import Callback, Hooks
 from .config import Config
 from .contexts import TeacherPrompt, step_contexts
 from .data import step_prompts
@@ -29,6 +34,7 @@ from .sampler import Sampling, sample
 from .setup import Run, set_up
 from .stopping import Stop, listening
 from .summaries import PeerSummaries, shares
+from .tasks import RewardFunction
 from .teacher import moves
 from .verify import judge
 
@@ -37,12 +43,16 @@ console = Console()
 PLOT = "training.png"  # drawn last: with it a run is complete
 
 
-def train(config: Config) -> Path:
-    """Run the whole job and return its folder. Every process of torchrun or accelerate launch calls it."""
-    run = set_up(config)
+def train(
+    config: Config, reward_fns: Sequence[RewardFunction] | None = None, callbacks: Sequence[Callback] = ()
+) -> Path:
+    """Run the whole job and return its folder. `reward_fns` judge instead of the task's verifier. Every process of
+    torchrun or accelerate launch calls it."""
+    run = set_up(config, reward_fns)
+    hooks = Hooks(run, callbacks)
     try:
         with listening() as stop:
-            return _train(run, stop)
+            return _train(run, hooks, stop)
     except Exception as error:
         if run.ranks.size > 1:
             last = checkpoint.checkpoints(run.folder)
@@ -51,37 +61,46 @@ def train(config: Config) -> Path:
         raise
 
 
-def _train(run: Run, stop: Stop) -> Path:
+def _train(run: Run, hooks: Hooks, stop: Stop) -> Path:
     settings, ranks = run.config.training, run.ranks
     if run.first_step >= settings.max_steps and ranks.from_main((run.folder / PLOT).is_file()):
         say(run, f"{run.folder} is already at step {run.first_step} of {settings.max_steps}: nothing to do")
         run.accelerator.end_training()
         return run.folder
-    before = held_out_scores(run, "before") if run.first_step == 0 else None
+    step = run.first_step
+    hooks("on_train_begin", step)
+    before = held_out_scores(run, "before", hooks, 0) if run.first_step == 0 else None
     metrics_file = MetricsFile(run.folder, run.first_step) if ranks.is_main else None
     with progress_bar(ranks.is_main) as progress:
         bar = progress.add_task("training", total=settings.max_steps, completed=run.first_step)
         for step in range(run.first_step + 1, settings.max_steps + 1):
-            metrics = {"step": step, **train_step(run, step)}
+            hooks("on_step_begin", step)
+            metrics = {"step": step, **train_step(run, step, hooks)}
+            hooks("on_step_end", step, metrics=metrics)
             if metrics_file is not None:
                 metrics_file.write(metrics)
                 run.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
                 progress.console.print(report.step_line(metrics, settings.max_steps), highlight=False, soft_wrap=True)
             progress.advance(bar)
-            stopped = next((name for name in ranks.everywhere(stop.signal) if name), None)
-            if stopped or step % settings.save_steps == 0 or step == settings.max_steps:
-                save(run, step)
-            if stopped and step < settings.max_steps:
-                say(run, f"stopped by {stopped} after step {step}: training.resume_from_checkpoint=latest goes on")
+            signals, asked = zip(*ranks.everywhere((stop.signal, hooks.stopped)), strict=True)
+            signal = next(filter(None, signals), None)
+            last = step == settings.max_steps or any(asked)
+            if signal or last or step % settings.save_steps == 0:
+                hooks("on_save", step, checkpoint=save(run, step))
+            if signal and not last:
+                say(run, f"stopped by {signal} after step {step}: training.resume_from_checkpoint=latest goes on")
                 run.accelerator.end_training()
                 return run.folder
+            if last:
+                break
     if metrics_file is not None:
         metrics_file.close()
-    finish(run, before)
+    finish(run, before, hooks, step)
+    hooks("on_train_end", step)
     return run.folder
 
 
-def train_step(run: Run, step: int) -> dict[str, float]:
+def train_step(run: Run, step: int, hooks: Hooks | None = None) -> dict[str, float]:
     """One batch of rollouts, one optimizer step; its metrics are those of all processes, on the main one."""
     config, clock, ranks = run.config, Clock(), run.ranks
     with clock("rollout"), run.engine.sampling():
@@ -99,6 +118,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         groups = generate(run.student, run.tokenizer, prompts[first:stop], sampling, stops, seed + first)
     with clock("verify"):
         judge(groups, run.task.reward, config.data.task)
+    if hooks is not None:
+        hooks("on_rollouts", step, groups=groups)
     contexts, about = read_contexts(run, groups, seed + first, clock)
     metrics = step_metrics(run, step, ranks.gathered(list(zip(groups, contexts, strict=True))))
     return metrics | about | learn(run, step, groups, contexts, clock) | clock.metrics()
@@ -147,15 +168,15 @@ def seed_of(run: Run, step: int) -> int:
     return run.config.training.seed * 1_000_003 + step * 1009
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, step: int) -> Path:
     teacher = run.teacher if moves(run.config) else None
     limit = run.config.training.save_total_limit
-    checkpoint.save(
+    return checkpoint.save(
         run.folder, step, run.ranks, run.student, teacher, run.optimizer, run.scheduler, run.tokenizer, limit
     )
 
 
-def held_out_scores(run: Run, name: str) -> Scores | None:
+def held_out_scores(run: Run, name: str, hooks: Hooks, step: int) -> Scores | None:
     """Scores on the held-out prompts, kept as evaluation-<name>.json; None where there are none, and on processes
     other than the main one."""
     if not run.eval_prompts or not run.config.evaluation.before_and_after:
@@ -165,12 +186,13 @@ def held_out_scores(run: Run, name: str) -> Scores | None:
         scores = evaluate(run.student, run.tokenizer, run.eval_prompts, run.task, run.config, path, run.engine)
     if scores is not None:
         write_json(run.folder / f"evaluation-{name}.json", asdict(scores))
+    hooks("on_evaluate", step, scores=scores)
     return scores
 
 
-def finish(run: Run, before: Scores | None) -> None:
+def finish(run: Run, before: Scores | None, hooks: Hooks, step: int) -> None:
     """Evaluate again, draw, upload if asked, and say where everything is."""
-    after = held_out_scores(run, "after")
+    after = held_out_scores(run, "after", hooks, step)
     if run.ranks.is_main:
         kept = run.folder / "evaluation-before.json"
         if before is None and kept.is_file():
@@ -179,7 +201,7 @@ def finish(run: Run, before: Scores | None) -> None:
         if before is not None and after is not None:
             console.print(report.before_after_table(before, after))
         if skipped := sum(row.get("skipped_steps", 0) for row in read_jsonl(run.folder / METRICS)):
-            say(run, f"{skipped:.0f} of {run.config.training.max_steps} steps had no rollout to learn from: skipped")
+            say(run, f"{skipped:.0f} of {step} steps had no rollout to learn from: skipped")
         if run.config.training.push_to_hub:
             address = trackers.push(run.config.training, checkpoint.checkpoints(run.folder)[-1])
             console.print(f"uploaded to {address}")
@@ -201,3 +223,13 @@ def progress_bar(shown: bool) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, disable=not shown)
+
+
+class _CallableModule(ModuleType):
+    """`from mopd_train import train` finds this module once it is loaded, and calls it."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Path:
+        return train(*arguments, **named)
+
+
+sys.modules[__name__].__class__ = _CallableModule
