@@ -1,0 +1,6 @@
+"""Untrusted Python, run apart from everything. docs/sandbox.md has the threat model."""
+
+from .jail import SandboxUnavailable
+from .sandbox import Result, Sandbox, Session, SessionEnded
+
+__all__ = ["Result", "Sandbox", "SandboxUnavailable", "Session", "SessionEnded"]
