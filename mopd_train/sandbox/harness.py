@@ -160,9 +160,9 @@ class Program:
             os.dup2(descriptor, standard)
         os.closerange(3, 256)
         set_limits({"CPU": self.cpu_seconds})
-        sys.stdin = open(0, encoding="utf-8", errors="surrogateescape")
-        sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape")
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")
+        sys.stdin = open(0, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         sys.argv = [SOLUTION]
         try:
             exec(self.code, new_module("__main__"))
