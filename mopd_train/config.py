@@ -29,7 +29,8 @@ class DataConfig:
     task: str = "arithmetic"
     """A name of mopd_train.tasks.TASKS, or a dotted path of a reward function (needs train_dataset)."""
     train_dataset: str | None = None
-    """jsonl, json or parquet file, or a hub id; null takes the task's own prompts."""
+    """jsonl, json or parquet file, a hub id, or a set of mopd_train.tasks.NAMED_SETS (human-eval); null takes the
+    task's own prompts."""
     eval_dataset: str | None = None
     """The same for held-out prompts."""
     max_prompt_length: int = 2048

@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from .config import DataConfig
 from .contexts import encode_prompt
 from .rollout import Prompt
-from .tasks import Row, Task, as_messages
+from .tasks import NAMED_SETS, Row, Task, as_messages
 
 
 def load_rows(source: str) -> list[Row]:
-    """All rows of a jsonl, json or parquet file or of a hub dataset's train split."""
+    """All rows of a named set, a jsonl, json or parquet file, or of a hub dataset's train split."""
+    if source in NAMED_SETS:
+        return NAMED_SETS[source]()
     path = Path(source)
     if path.suffix in (".jsonl", ".json") and not path.is_file():
         raise FileNotFoundError(f"dataset {source} does not exist (looked in {Path.cwd()})")
@@ -68,6 +70,11 @@ def build_prompts(
         )
     prompts = []
     for number, row in enumerate(rows):
+        if task.adapt is not None:
+            try:
+                row = task.adapt(row)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{source} row {number} cannot be read by task {config.task!r}: {error}") from error
         missing = [column for column in ("prompt", *task.columns) if row.get(column) is None]
         if missing:
             raise ValueError(

@@ -108,7 +108,7 @@ def completion_record(group: Group, index: int) -> dict[str, Any]:
 def evaluate_command(config: Config, output: Path) -> Scores:
     """`mopd eval`: load, evaluate, print a table, write scores.json and completions.jsonl."""
     validate(config)
-    task = find_task(config.data.task)
+    task = find_task(config.data.task, config)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     _, rows = split_rows(config.data, task)
     prompts = build_prompts(

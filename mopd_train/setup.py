@@ -44,7 +44,7 @@ class Run:
 def set_up(config: Config) -> Run:
     """Every check that can be made before work begins is made here."""
     validate(config)
-    task = find_task(config.data.task)
+    task = find_task(config.data.task, config)
     settings = config.training
     resume = checkpoint.find_resume(settings.resume_from_checkpoint, Path(settings.output_dir))
     tokenizer = load_tokenizer(config.model.model_name_or_path)

@@ -25,7 +25,7 @@ from typing import Any
 
 SOURCES: dict[str, str] = {}  # by the names that tracebacks give them
 SOLUTION, CHECK = "solution.py", "check.py"
-TAIL = 2000  # characters of a traceback or of standard error that are kept
+TAIL = 1000  # characters of a traceback or of standard error that are kept
 
 
 def encode(value: Any) -> Any:

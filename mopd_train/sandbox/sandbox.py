@@ -33,9 +33,9 @@ class Sandbox:
         self.python = find_python(config.python)
         self.workers = config.workers or len(os.sched_getaffinity(0))
         self.slots: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self._make_slots()
         try:
             self.bubblewrap: str | None = find_bubblewrap()
-            self._make_slots()
             self._probe()
         except SandboxUnavailable as error:
             if not config.allow_unsandboxed:
