@@ -182,12 +182,13 @@ class Session:
             self._end("timeout", "no answer within the time limit")
 
     def _end_without_answer(self) -> NoReturn:
-        self.close()
         if self.slot.cgroup and self.slot.cgroup.kills() > self.kills_before:
             self._end("memory", "the kernel ended it for memory")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)  # for its last words
         self.stderr.seek(0)
         said = self.stderr.read(harness.TAIL).decode("utf-8", "replace").strip()
-        self._end("crash", f"the process ended before it answered {said}".strip())
+        self._end("crash", f"the process ended before it answered. {said}".strip())
 
     def _end(self, status: Status, error: str) -> NoReturn:
         self.close()
@@ -195,22 +196,25 @@ class Session:
 
     def close(self) -> None:
         """Kill everything inside and wait until it is gone."""
-        if self.process.poll() is None:
-            if self.folder is None:
-                self.process.kill()  # the processes inside are told to die with it
-            else:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
         if self.first is not None:
+            # With the first process of a namespace the kernel ends all others, then reports its end. From the inside
+            # out, since bubblewrap then reaps its child and ends by itself.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.first, signal.SIGKILL)
             poller = select.poll()
             poller.register(self.first, select.POLLIN)
             if not poller.poll(START_SECONDS * 1000):
                 raise RuntimeError(f"a sandbox still runs {START_SECONDS:.0f} s after it was killed")
+            with contextlib.suppress(ChildProcessError):  # ours only where we are the init of a container
+                os.waitid(os.P_PIDFD, self.first, os.WEXITED | os.WNOHANG)
             os.close(self.first)
             self.first = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(START_SECONDS)
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.stderr):
             if stream is not None and not stream.closed:
                 stream.close()
