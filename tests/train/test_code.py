@@ -53,7 +53,7 @@ def scores(box, row, *codes):
 ECHO = {"tests": [{"input": "3\n4\n", "output": "7\n"}, {"input": "10\n-1\n", "output": "9\n"}]}
 SUM = {"tests": [{"input": [3, 4], "output": 7}, {"input": [10, -1], "output": 9}], "entry_point": "f"}
 CHECK = {
-    "test": "def check(candidate):\n    assert candidate(3, 4) == 7\n    assert candidate([1], (2,)) == 'SECRET-EXPECTED'\n",
+    "test": "def check(f):\n    assert f(3, 4) == 7\n    assert f([1], (2,)) == 'SECRET-EXPECTED'\n",
     "entry_point": "f",
 }  # fmt: skip
 
@@ -151,8 +151,9 @@ def strings():
             except (OSError, ValueError): pass
     return " ".join(found)
 def f(a, b):
-    secret = "-".join(["SECRET", "EXPECTED"])  # not folded into a constant that it would find
-    return secret if secret in strings() else "nothing"
+    everything = strings()
+    secret = "-".join(["SECRET", "EXPECTED"])  # made afterwards, and not folded into a constant that it would find
+    return secret if secret in everything else "nothing"
 if __name__ == "__main__": print(f(0, 0))
 """,
     "raises what the assert program may expect": "def f(a, b): raise AssertionError",
@@ -251,7 +252,7 @@ def test_live_code_bench_rows(box):
     assert "class Solution" in functional["prompt"]
     answer = "class Solution:\n    def g(self, xs: List[int], s: str):\n        return tuple(x + 2 for x in xs)"
     assert scores(box, functional, answer, answer.replace("+ 2", "+ 3")) == [1, 0]
-    program = adapt({"question_content": "Q", "public_test_cases": '[{"input": "2", "output": "4", "testtype": "stdin"}]',
+    program = adapt({"question_content": "Q", "public_test_cases": '[{"input": "2", "output": "4"}]',
                      "private_test_cases": private([{"input": "3", "output": "9"}]), "metadata": "{}"})  # fmt: skip
     assert scores(box, program, "print(int(input()) ** 2)", "print(2 * int(input()))") == [1, 0]
 

@@ -271,7 +271,7 @@ except OSError as error:
         ("import os\nos.fork()\nwhile True: print('x' * 1000)", "output limit"),
         ("import sys\nwhile True: sys.stderr.write('x' * 1000)", "timeout"),
         ("while True: pass", "timeout"),
-        ("import signal as s, time\nfor n in {*range(1, 32)} - {9, 19}: s.signal(n, s.SIG_IGN)\ntime.sleep(99)", "timeout"),
+        ("import signal as s\nfor n in {*range(1, 32)} - {9, 19}: s.signal(n, s.SIG_IGN)\nwhile 1: pass", "timeout"),
         ("import os; os.kill(os.getpid(), 11)", "crash"),
         ("import os; os.kill(os.getppid(), 9)", "crash"),
         ("import os; os.kill(-1, 9)", "crash"),
