@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import os
 import pickle
 import zlib
+from pathlib import Path
 
 import pytest
 
 from mopd_train.config import Config, DataConfig, SandboxConfig
 from mopd_train.data import build_prompts, load_rows
 from mopd_train.sandbox import Sandbox, SandboxUnavailable
-from mopd_train.tasks import TASKS, code, find_task
+from mopd_train.tasks import TASKS, code, find_task, functions
 from mopd_train.tasks.code import extract_code
 from mopd_train.tasks.code_compare import same_output, same_value
 from mopd_train.tasks.code_layouts import adapt, load_human_eval
@@ -250,27 +252,33 @@ def test_own_functions(box):
         assert not all(constant)
 
 
-GOLD = {
-    "is_even": "return a % 2 == 0", "reverse": "return s[::-1]", "mean": "return sum(xs) / len(xs)",
-    "factorial": "return 1 if k < 2 else k * factorial(k - 1)", "celsius": "return (a - 32) / 1.8",
-    "longest_word": "return sorted(ws, key=len, reverse=True)[0]", "join_list": "return ','.join(ws)",
-    "starts_with": "return s[:len(t)] == t", "evens": "return list(filter(lambda x: not x & 1, xs))",
-}  # fmt: skip
+def references():
+    """The source of every reference solution, by the function's name, as the body of that function."""
+    tree = ast.parse(Path(functions.__file__).read_text())
+    (table,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "PROBLEMS"]
+    bodies = {}
+    for name, arguments, _, reference in (entry.elts for entry in table.elts):
+        source = ast.unparse(reference)
+        call = ast.unparse(reference.body) if isinstance(reference, ast.Lambda) else f"{source}({arguments.value})"
+        bodies[name.value] = f"import math\n    return {call}"
+    return bodies
 
 
 def test_completions_of_own_prompts(box):
-    rows = {row["entry_point"]: row for part in code.rows() for row in part}
-    chosen = [rows[name] for name in GOLD]
-    columns = {key: [row.get(key) for row in chosen] for key in ("tests", "entry_point")}
-    prompts = [row["prompt"] for row in chosen]
+    """Every reference passes in the sandbox; for some problems, returning nothing or a test's value does not."""
+    rows, bodies = [row for part in code.rows() for row in part], references()
+    assert len(bodies) == len(rows)
 
-    def judged(bodies):
-        completions = [f"\n    {body}\n```\nDone." for body in bodies]
-        return [v["score"] for v in code.reward(prompts, completions, [[]] * len(chosen), sandbox=box, **columns)]
+    def judged(chosen, texts):
+        columns = {key: [row.get(key) for row in chosen] for key in ("tests", "entry_point")}
+        completions = [f"\n    {text}\n```\nDone." for text in texts]
+        prompts, ids = [row["prompt"] for row in chosen], [[]] * len(chosen)
+        return [v["score"] for v in code.reward(prompts, completions, ids, sandbox=box, **columns)]
 
-    assert judged(GOLD.values()) == [1.0] * len(GOLD)
-    assert judged(["return None"] * len(GOLD)) == [0.0] * len(GOLD)
-    assert judged([f"return {row['tests'][0]['output']!r}" for row in chosen]) == [0.0] * len(GOLD)
+    assert judged(rows, [bodies[row["entry_point"]] for row in rows]) == [1.0] * len(rows)
+    some = rows[::8]
+    assert judged(some, ["return None"] * len(some)) == [0.0] * len(some)
+    assert judged(some, [f"return {row['tests'][0]['output']!r}" for row in some]) == [0.0] * len(some)
 
 
 def test_human_eval(box, benchmark):
