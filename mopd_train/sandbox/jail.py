@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -111,10 +112,17 @@ class Cgroup:
 
     def remove(self) -> None:
         for folder in self.folders:
-            try:
+            with contextlib.suppress(OSError):  # gone, or its last process is still being reaped
                 folder.rmdir()
-            except OSError:  # gone, or a last process is still being reaped: an empty group costs nothing
-                continue
+
+
+def remove_stale() -> None:
+    """Empty groups of processes that were killed before they could remove their own."""
+    for parent, _ in _parents(0, 0):
+        for folder in parent.glob("mopd-*-*"):
+            if not Path("/proc", folder.name.split("-")[1]).exists():
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def _parents(memory_bytes: int, processes: int) -> list[tuple[Path, dict[str, int]]]:

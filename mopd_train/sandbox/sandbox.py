@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..config import SandboxConfig
-from .jail import FIRST_UID, REMEDY, Cgroup, SandboxUnavailable, find_bubblewrap, find_python
+from .jail import FIRST_UID, REMEDY, Cgroup, SandboxUnavailable, find_bubblewrap, find_python, remove_stale
 from .session import START_SECONDS, Session, SessionEnded, Slot
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Sandbox:
 
     def _make_slots(self) -> None:
         cgroups: list[Cgroup] = []
+        with contextlib.suppress(OSError, KeyError):  # no cgroups here: said below
+            remove_stale()
         for number in range(self.workers * SESSIONS_PER_WORKER):
             try:
                 name = f"mopd-{os.getpid()}-{id(self):x}-{number}"
