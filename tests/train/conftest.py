@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mopd_train.models import embedded_model, load_tokenizer
+from tests.train.sandboxes import bare, box  # noqa: F401 (fixtures)
 from tests.train.warm import Server
 
 
