@@ -39,7 +39,7 @@ from .plots import plot_auc, plot_margins
 from .scored import ScoredGroup, score_groups
 from .sides import load_teacher, teacher_name, tokenizer_of, warn_of_other_settings
 from .summary import Analysis, summarise
-from .tables import controls_table, metrics_table
+from .tables import auc_table, controls_table, metrics_table
 from .teacher_signal import check_contexts, with_controls
 
 console = Console()
@@ -193,7 +193,8 @@ def score_files(
 
 def show(analysis: Analysis, about: dict[str, Any], output: Path) -> None:
     counts = analysis.counts
-    console.print(metrics_table(analysis, f"{about['teacher']} on rollouts of {about['task']}"))
+    console.print(auc_table(analysis, f"{about['teacher']} on rollouts of {about['task']}"))
+    console.print(metrics_table(analysis))
     if analysis.controls:
         console.print(controls_table(analysis))
     if about["bad_lines"]["count"]:
