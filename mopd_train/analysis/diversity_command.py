@@ -158,7 +158,7 @@ def plot_diversity(results: list[dict[str, Any]], path: Path) -> None:
             ks = sorted(int(name.removeprefix("pass@")) for name in row if name.startswith("pass@"))
             text = f"{short[label]} {row['label']}"
             _curve(curve, ks, [row[f"pass@{k}"] for k in ks], color, style, text)
-    curve.set(title="pass@k", xlabel="k", ylim=(0, 1))
+    curve.set(title="pass@k (dashed: first point)", xlabel="k", ylim=(0, 1))
     if curve.lines:
         curve.legend(fontsize="x-small", loc="lower right")
     for axes in panels:
