@@ -73,9 +73,23 @@ def teacher_prompts(
 
     Without `summaries` those asked for are excerpts.
     """
+    chosen = choose_peers(group, config, seed, strangers)
+    return prompts_showing(chosen, group, tokenizer, config, chat_template_kwargs, strangers, summaries)
+
+
+def prompts_showing(
+    chosen: list[Peers],  # one entry a rollout
+    group: Group,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ContextConfig,
+    chat_template_kwargs: dict[str, Any],
+    strangers: Sequence[Rollout] = (),
+    summaries: Mapping[int, str] | None = None,
+) -> list[TeacherPrompt | None]:
+    """The same for peers that the caller chose."""
     built: dict[Peers, TeacherPrompt | None] = {}
     prompts = []
-    for peers in choose_peers(group, config, seed, strangers):
+    for peers in chosen:
         if peers not in built:
             blocks = _blocks(group, peers, tokenizer, config, strangers, summaries or {})
             built[peers] = _teacher_prompt(group, peers, blocks, tokenizer, config, chat_template_kwargs)

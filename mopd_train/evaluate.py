@@ -18,7 +18,7 @@ from .data import build_prompts, split_rows
 from .distributed import Ranks
 from .engine import Engine
 from .files import write_json, write_jsonl
-from .models import load_model, load_tokenizer, stop_token_ids
+from .models import fingerprint, load_model, load_tokenizer, stop_token_ids
 from .rewards import task_of
 from .rollout import Group, Prompt, generate
 from .sampler import Sampling
@@ -81,7 +81,7 @@ def evaluate(
     if not ranks.is_main:
         return None
     if completions_path is not None:
-        write_jsonl(completions_path, [completion_record(group, i) for group in groups for i in range(settings.k)])
+        write_jsonl(completions_path, completion_records(groups, **fingerprint(model, tokenizer)))
     return scores(groups, config.context.success_reward_threshold)
 
 
@@ -103,19 +103,28 @@ def scores(groups: list[Group], threshold: float) -> Scores:
     )
 
 
-def completion_record(group: Group, index: int) -> dict[str, Any]:
-    """One line of a completions file."""
-    rollout = group.rollouts[index]
-    return {
-        "prompt": group.prompt.messages,
-        "completion": rollout.text,
-        "completion_ids": rollout.token_ids,
-        "finished": rollout.finished,
-        "reward": rollout.reward,
-        "feedback": rollout.feedback,
-        **({"scores": rollout.scores} if len(rollout.scores) > 1 else {}),
-        **{key: value for key, value in group.prompt.row.items() if key != "prompt"},
-    }
+UNWRITTEN = ("tests", "test", "prelude")  # hidden tests of programs: megabytes that every completion would repeat
+
+
+def completion_records(groups: list[Group], **origin: Any) -> list[dict[str, Any]]:
+    """Lines of a completions file, group after group. `origin` (step, fingerprint of the model) is on each; columns
+    of the dataset stand beside ours, which win where names collide."""
+    return [
+        {
+            **{key: value for key, value in group.prompt.row.items() if key not in UNWRITTEN},
+            "prompt": group.prompt.messages,
+            "group": number,
+            "completion": rollout.text,
+            "completion_ids": rollout.token_ids,
+            "finished": rollout.finished,
+            "reward": rollout.reward,
+            "feedback": rollout.feedback,
+            **({"scores": rollout.scores} if len(rollout.scores) > 1 else {}),
+            **origin,
+        }
+        for number, group in enumerate(groups)
+        for rollout in group.rollouts
+    ]
 
 
 def evaluate_command(config: Config, output: Path) -> Scores:

@@ -21,12 +21,12 @@ from . import checkpoint, report, trackers
 from .callbacks import Callback, Hooks
 from .config import Config
 from .contexts import TeacherPrompt, step_contexts
-from .data import step_prompts
-from .evaluate import Scores, completion_record, evaluate
+from .data import step_prompts, step_seed
+from .evaluate import Scores, completion_records, evaluate
 from .files import read_json, read_jsonl, write_json, write_jsonl
 from .learn import learn
 from .metrics import Clock, context_metrics, group_metrics
-from .models import stop_token_ids
+from .models import fingerprint, stop_token_ids
 from .objectives import method_of
 from .rollout import Group, generate
 from .rundir import METRICS, MetricsFile
@@ -156,16 +156,14 @@ def step_metrics(run: Run, step: int, judged: list[tuple[Group, list[TeacherProm
     groups, contexts = [group for group, _ in judged], [prompts for _, prompts in judged]
     write_jsonl(
         run.folder / "completions" / f"step-{step:06d}.jsonl",
-        [completion_record(group, i) for group in groups for i in range(len(group.rollouts))],
+        completion_records(groups, step=step, **fingerprint(run.student, run.tokenizer)),
     )
     metrics = group_metrics(groups, run.config.context.success_reward_threshold)
     return metrics | (context_metrics(contexts) if method_of(run.config).teacher == "context" else {})
 
 
 def seed_of(run: Run, step: int) -> int:
-    """Sampling depends on the run's seed, the step and a prompt's place in it alone, so that a resumed run draws the
-    same, on however many processes."""
-    return run.config.training.seed * 1_000_003 + step * 1009
+    return step_seed(run.config.training.seed, step)
 
 
 def save(run: Run, step: int) -> Path:
