@@ -1,4 +1,4 @@
-"""Jensen-Shannon terms of near-equal rows: log(q / M) and log(p / M) keep their relative precision as p approaches q."""
+"""Jensen-Shannon terms of near-equal rows: log(q / M) and log(p / M) keep their precision as p approaches q."""
 
 from __future__ import annotations
 
