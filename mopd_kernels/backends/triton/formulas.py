@@ -88,39 +88,24 @@ def logaddexp(a, b):
 
 
 @triton.jit
-def expm1(x):
-    """e^x - 1 for x <= 0, in full relative precision near 0: Taylor's series above -0.35 (relative error 2e-8)."""
-    direct = tl.exp(x) - 1
-    if x.dtype == tl.float64:
-        return direct
-    series = 1 + x * (1 / 6) * (1 + x * (1 / 7))
-    series = 1 + x * 0.5 * (1 + x * (1 / 3) * (1 + x * 0.25 * (1 + x * 0.2 * series)))
-    return tl.where(x > -0.35, x * series, direct)
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for -1 < x <= 0, likewise: 2 artanh s, s = x / (2 + x), by its series above -0.3 (error 3e-8).
-    The hardware's logarithm has an absolute error of 2^-22, which near 1 is all there is."""
-    direct = tl.log(tl.maximum(1 + x, 1e-37))
-    if x.dtype == tl.float64:
-        return direct
-    s = x / (2 + x)
-    square = s * s
-    series = 1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7)))
-    return tl.where(x > -0.3, 2 * s * series, direct)
-
-
-@triton.jit
 def mixture_ratios(log_q, log_p, alpha):
-    """log(q / m) and log(p / m) with m = (1 - alpha) q + alpha p, exactly 0 where q = p.
+    """log(q / m) = -f and log(p / m) = d - f, m = (1 - alpha) q + alpha p, d = log p - log q; exactly 0 where q = p.
 
-    With d = log p - log q:  log(q / m) = -log1p(alpha expm1(d)),  log(p / m) = -log1p((1 - alpha) expm1(-d));
-    the one with the negative exponent is computed, the other differs from it by d.
+    f = log(1 - alpha + alpha e^d). The hardware's logarithm has an absolute error of 2^-22, which is all there is of f
+    near d = 0; so for |d| < 1/4 its series sum_n k_n d^n / n! up to n = 6, with k_n the cumulants of one draw of
+    probability alpha.
     """
     d = tl.where(log_q == log_p, 0.0, log_p - log_q)
-    ratio = -log1p(tl.where(d > 0, 1 - alpha, alpha) * expm1(-tl.abs(d)))
-    return ratio - tl.maximum(d, 0.0), ratio + tl.minimum(d, 0.0)
+    share = tl.where(d > 0, 1 - alpha, alpha)
+    f = tl.maximum(d, 0.0) + tl.log(tl.maximum(1 + share * (tl.exp(-tl.abs(d)) - 1), 1e-37))
+    if f.dtype != tl.float64:
+        v = alpha * (1 - alpha)
+        skew = 1 - 2 * alpha
+        k6 = v * (1 - 30 * v + 120 * v * v) * (1 / 720)
+        series = v * skew * (1 - 12 * v) * (1 / 120) + d * k6
+        series = v * skew * (1 / 6) + d * (v * (1 - 6 * v) * (1 / 24) + d * series)
+        f = tl.where(tl.abs(d) < 0.25, d * (alpha + d * (v * 0.5 + d * series)), f)
+    return -f, d - f
 
 
 @triton.jit
