@@ -7,6 +7,7 @@ which AutoModelForCausalLM.from_pretrained loads on top of the base model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,9 @@ def add(model: PreTrainedModel, config: ModelConfig, ema: bool, seed: int) -> No
     torch.manual_seed(seed)  # the first factor is random, and all processes must draw the same
     model.add_adapter(settings, STUDENT)
     if ema:
-        model.add_adapter(settings, TEACHER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is wanted
+            model.add_adapter(settings, TEACHER)
         for ours, theirs in _pairs(model):
             ours.data.copy_(theirs.data)
         model.set_adapter(STUDENT)

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mopd_kernels import LMHead
-from mopd_train import adapters, checkpoint, engine, setup, train, trackers
+from mopd_train import adapters, checkpoint, engine, setup, trackers, train
 from mopd_train.config import Config, TrainingConfig, validate
 from mopd_train.models import load_model
+from mopd_train.scoring import completion_hidden
 from tests.train.test_evaluate import write_rows
 
 
@@ -32,21 +33,21 @@ def run_of(model: Path, folder: Path, rows: Path, **changes: object) -> setup.Ru
 
 
 def gradients_after(run: setup.Run) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Metrics of a step, and the gradients that its optimizer was given."""
+    """Metrics of a step, and its gradients before they are scaled."""
     seen: dict[str, torch.Tensor] = {}
-    step = run.optimizer.step
+    reduce = run.engine.reduce_and_clip
 
-    def watched(*arguments: object) -> object:
+    def watched(max_norm: float) -> float:
         seen.update({name: p.grad.clone() for name, p in run.student.named_parameters() if p.grad is not None})
-        return step(*arguments)
+        return reduce(max_norm)
 
-    run.optimizer.step = watched
+    run.engine.reduce_and_clip = watched  # type: ignore[method-assign]
     return train.train_step(run, 1), seen
 
 
 @pytest.mark.parametrize("tree", [True, False])
 def test_recomputed_layers_give_the_same_step(tiny_model, tmp_path, tree):
-    """And are recomputed: each layer runs once more, in the student's backward only."""
+    """And are recomputed: each layer starts once more, in the student's backward only."""
     results, calls = [], []
     for checkpointing in (False, True):
         folder = tmp_path / str(checkpointing)
@@ -55,7 +56,7 @@ def test_recomputed_layers_give_the_same_step(tiny_model, tmp_path, tree):
         )
         count = [0]
         for layer in run.student.model.layers:
-            layer.mlp.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+            layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         results.append(gradients_after(run))
         calls.append(count[0])
         assert not any(module.training for module in run.student.modules())
@@ -77,18 +78,16 @@ def test_bfloat16_computes_near_float32_and_keeps_weights_wide(tiny_model, tmp_p
     rows = write_rows(tmp_path)
     wide = run_of(tiny_model, tmp_path / "wide", rows)
     narrow = run_of(tiny_model, tmp_path / "narrow", rows, training__mixed_precision="bf16")
-    prompts, completions = [[1, 5, 6]], [[11, 12, 13]]
-    hidden = {}
+    hidden = []
     for run in (wide, narrow):
-        from mopd_train.scoring import completion_hidden
-
-        hidden[run], _ = run.engine.through(
-            run.student, lambda run=run: completion_hidden(run.student, prompts, completions, 2, True)
+        states, _ = run.engine.through(
+            run.student, lambda run=run: completion_hidden(run.student, [[1, 5, 6]], [[11, 12, 13]], 2, True)
         )
-        assert run.engine.head(run.student).weight.dtype == hidden[run].dtype
-    assert hidden[narrow].dtype == torch.bfloat16
-    assert not torch.equal(hidden[narrow].float(), hidden[wide])
-    torch.testing.assert_close(hidden[narrow].float(), hidden[wide], rtol=0.05, atol=0.05)
+        assert run.engine.head(run.student).weight.dtype == states.dtype
+        hidden.append(states)
+    assert hidden[1].dtype == torch.bfloat16
+    assert not torch.equal(hidden[1].float(), hidden[0])
+    torch.testing.assert_close(hidden[1].float(), hidden[0], rtol=0.05, atol=0.05)
     metrics, grads = gradients_after(narrow)
     assert metrics["loss"] > 0
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
@@ -187,11 +186,11 @@ def test_settings_that_cannot_work_are_refused(monkeypatch):
     config.model.use_peft = True
     config.distillation.teacher_regularization = "frozen"
     config.distillation.teacher_model_name_or_path = "some/model"
-    with pytest.raises(ValueError, match="model.use_peft takes the model itself as teacher"):
+    with pytest.raises(ValueError, match=r"model\.use_peft takes the model itself as teacher"):
         validate(config)
     config = Config()
     config.training.hub_model_id = "me/mine"
-    with pytest.raises(ValueError, match="is only read with training.push_to_hub true"):
+    with pytest.raises(ValueError, match=r"is only read with training\.push_to_hub true"):
         validate(config)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(ValueError, match="push_to_hub needs a token"):
