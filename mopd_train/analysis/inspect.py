@@ -1,0 +1,145 @@
+"""`mopd inspect`: rollout groups, token by token, under several contexts, as one HTML file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import Config, validate
+from ..contexts import CONTEXTS
+from ..files import replacing
+from ..models import check_same_tokenizer, load_model, load_tokenizer, resolve
+from .groups import RolloutFiles, SavedGroup, rollout_paths
+from .inspect_page import GroupData, render
+from .inspect_scores import RolloutScores, score_group
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What `mopd inspect` shows; `mopd inspect --help` explains each."""
+
+    rollouts: list[str]
+    output: str
+    contexts: list[str]
+    groups: list[int]
+    max_groups: int
+    only_mixed: bool
+    top: int
+    skip_bad_lines: bool
+    other_model: bool
+
+
+def inspect_command(config: Config, options: InspectOptions) -> Path:
+    """Score the chosen groups and write the page; its path."""
+    started = time.perf_counter()
+    contexts = list(dict.fromkeys([*options.contexts, config.context.context]))
+    check_options(options)
+    validate(config)
+    paths = rollout_paths(options.rollouts)
+    tokenizer = load_tokenizer(config.model.model_name_or_path)
+    student, teacher, teacher_name = load_sides(config, tokenizer)
+    files = RolloutFiles(
+        paths,
+        tokenizer,
+        config.data.chat_template_kwargs,
+        other_model=options.other_model,
+        skip_bad_lines=options.skip_bad_lines,
+    )
+    threshold = config.context.success_reward_threshold
+    collected = GroupData(tokenizer, threshold)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("scoring groups", total=len(options.groups) or options.max_groups)
+        for number, saved in chosen_groups(files, options, threshold):
+            scored = score_group(
+                student, teacher, tokenizer, saved.group, contexts, config, config.training.seed, options.top
+            )
+            check_finite(scored, saved)
+            task = str(saved.group.prompt.row.get("data_source") or config.data.task)
+            collected.add(number, task, saved.group, scored)
+            progress.advance(bar)
+    if not collected.groups:
+        raise ValueError(f"no group of {[str(path) for path in paths]} was chosen: nothing to show")
+    if files.bad_lines:
+        console.print(f"{files.bad_lines} lines are no rollouts and were dropped: {files.named}", highlight=False)
+    about = (
+        f"student {config.model.model_name_or_path}, teacher {teacher_name}, "
+        f"alpha {config.distillation.alpha:g}, temperature {config.rollout.temperature:g}, {', '.join(map(str, paths))}"
+    )
+    output = Path(options.output)
+    with replacing(output) as handle:
+        page = {"about": about, "contexts": contexts, **collected.as_dict()}
+        handle.write(render("inspect", "Rollout groups", page))
+    seconds, size = time.perf_counter() - started, output.stat().st_size
+    console.print(f"{len(collected.groups)} groups, {size / 1e6:.2f} MB, {seconds:.1f} s: {output}", highlight=False)
+    return output
+
+
+def check_options(options: InspectOptions) -> None:
+    """ValueError before anything is loaded."""
+    unknown = [name for name in options.contexts if name not in CONTEXTS]
+    if unknown:
+        raise ValueError(f"expected --contexts in {list(CONTEXTS)}, got {unknown}")
+    counts = {"--max-groups": options.max_groups, "--top": options.top}
+    counts["--groups, numbered from 1,"] = min(options.groups, default=1)
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
+
+
+def load_sides(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PreTrainedModel, str]:
+    """Student, teacher and the teacher's name: the named teacher, else the one that the checkpoint holds, else the
+    student itself with the peers in its prompt."""
+    model = config.model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = load_model(model.model_name_or_path, model.dtype, model.attn_implementation, device)
+    name = config.distillation.teacher_model_name_or_path
+    if name is None:
+        kept = Path(resolve(model.model_name_or_path)) / "teacher"
+        if not kept.is_dir():
+            return student, student, "the student itself"
+        name = str(kept)
+    else:
+        check_same_tokenizer(tokenizer, load_tokenizer(name), name)
+    return student, load_model(name, model.dtype, model.attn_implementation, device), name
+
+
+def chosen_groups(
+    files: RolloutFiles, options: InspectOptions, threshold: float
+) -> Iterator[tuple[int, SavedGroup]]:
+    """The groups asked for with their numbers; reading stops behind the last of them."""
+    wanted, found = set(options.groups), 0
+    for number, saved in enumerate(files, start=1):
+        rollouts = saved.group.rollouts
+        mixed = any(r.succeeded(threshold) for r in rollouts) and any(r.failed(threshold) for r in rollouts)
+        if (wanted and number not in wanted) or (options.only_mixed and not mixed):
+            continue
+        yield number, saved
+        found += 1
+        if found == (len(wanted) or options.max_groups):
+            return
+    if wanted and not options.only_mixed:
+        raise ValueError(f"the files have no groups {sorted(n for n in wanted if n > number)}, only {number}")
+
+
+def check_finite(scored: list[RolloutScores], saved: SavedGroup) -> None:
+    for i, scores in enumerate(scored, start=1):
+        sides = [scores.student, *scores.teacher]
+        numbers = [x for side in sides for x in (*side.logprobs, *side.entropy)]
+        numbers += [x for teacher in scores.teacher for x in teacher.divergence]
+        if not all(map(math.isfinite, numbers)):
+            raise FloatingPointError(
+                f"non-finite log-prob or divergence in rollout {i} of the group at {saved.path}:{saved.line}: "
+                "the model's weights or its dtype are at fault"
+            )
