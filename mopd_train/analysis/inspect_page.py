@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from ..rollout import Group, Rollout
 from .inspect_scores import RolloutScores, TeacherScores, TokenScores
 
-# Stored integers are -log p in 1e-3 nats (own token, entropy), divergence in 1e-4 nats, alternatives in 1e-2 nats;
+# Stored integers are -log p in 1e-3 nats (own token, entropy), divergence in 1e-4 nats, alternatives in 1e-3 nats;
 # the same three constants stand at the top of page/inspect.js.
-LOGPROB, DIVERGENCE, LIKELY = 1e-3, 1e-4, 1e-2
+LOGPROB, DIVERGENCE, LIKELY = 1e-3, 1e-4, 1e-3
 
 PAGES = {  # scripts and styles in the order in which they are joined
     "inspect": (

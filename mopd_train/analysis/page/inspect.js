@@ -1,7 +1,7 @@
 "use strict";
 
 // What is looked at, and the numbers it gives. Stored integers: see inspect_page.py.
-const LOGPROB = 1e-3, DIVERGENCE = 1e-4, LIKELY = 1e-2;
+const LOGPROB = 1e-3, DIVERGENCE = 1e-4, LIKELY = 1e-3;
 
 const MEASURES = {
   ratio: {
