@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import Config, validate
 from .data import build_prompts, split_rows
 from .files import write_json, write_jsonl
-from .models import load_model, load_tokenizer, stop_token_ids
+from .models import fingerprint, load_model, load_tokenizer, stop_token_ids
 from .rollout import Group, Prompt, generate
 from .sampler import Sampling
 from .tasks import Task, find_task
@@ -69,7 +69,7 @@ def evaluate(
     groups = generate(model, tokenizer, prompts[: settings.num_prompts], sampling, stops, settings.seed)
     judge(groups, task.reward, config.data.task)
     if completions_path is not None:
-        write_jsonl(completions_path, [completion_record(group, i) for group in groups for i in range(settings.k)])
+        write_jsonl(completions_path, completion_records(groups, **fingerprint(model, tokenizer)))
     return scores(groups, config.context.success_reward_threshold)
 
 
@@ -91,18 +91,24 @@ def scores(groups: list[Group], threshold: float) -> Scores:
     )
 
 
-def completion_record(group: Group, index: int) -> dict[str, Any]:
-    """One line of a completions file."""
-    rollout = group.rollouts[index]
-    return {
-        "prompt": group.prompt.messages,
-        "completion": rollout.text,
-        "completion_ids": rollout.token_ids,
-        "finished": rollout.finished,
-        "reward": rollout.reward,
-        "feedback": rollout.feedback,
-        **{key: value for key, value in group.prompt.row.items() if key != "prompt"},
-    }
+def completion_records(groups: list[Group], **origin: Any) -> list[dict[str, Any]]:
+    """Lines of a completions file, group after group. `origin` (step, fingerprint of the model) is on each; columns
+    of the dataset stand beside ours, which win where names collide."""
+    return [
+        {
+            **group.prompt.row,
+            "prompt": group.prompt.messages,
+            "group": number,
+            "completion": rollout.text,
+            "completion_ids": rollout.token_ids,
+            "finished": rollout.finished,
+            "reward": rollout.reward,
+            "feedback": rollout.feedback,
+            **origin,
+        }
+        for number, group in enumerate(groups)
+        for rollout in group.rollouts
+    ]
 
 
 def evaluate_command(config: Config, output: Path) -> Scores:

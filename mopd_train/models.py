@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,17 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
                 f"teacher {teacher_name} has another tokenizer: {probe!r} is {ours[:8]} for the student and "
                 f"{theirs[:8]} for the teacher; choose a teacher of the student's family"
             )
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What saved rollouts are recognised by. Training moves neither: `model` is the architecture and its size,
+    `tokenizer` a hash of the vocabulary."""
+    config = model.config.get_text_config()
+    shape = f"{config.num_hidden_layers}x{config.hidden_size}"
+    return {"model": f"{config.model_type} {shape}", "tokenizer": tokenizer_fingerprint(tokenizer)}
+
+
+@lru_cache(maxsize=4)
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]

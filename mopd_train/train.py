@@ -17,11 +17,11 @@ from . import checkpoint, report
 from .config import Config
 from .contexts import teacher_prompts
 from .data import step_prompts
-from .evaluate import Scores, completion_record, evaluate
+from .evaluate import Scores, completion_records, evaluate
 from .files import read_json, read_jsonl, write_json, write_jsonl
 from .learn import learn, to_examples
 from .metrics import Clock, group_metrics
-from .models import stop_token_ids
+from .models import fingerprint, stop_token_ids
 from .rollout import generate
 from .rundir import METRICS, MetricsFile
 from .sampler import Sampling
@@ -76,7 +76,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         judge(groups, run.task.reward, config.data.task)
     write_jsonl(
         run.folder / "completions" / f"step-{step:06d}.jsonl",
-        [completion_record(group, i) for group in groups for i in range(len(group.rollouts))],
+        completion_records(groups, step=step, **fingerprint(run.student, run.tokenizer)),
     )
     contexts = [
         teacher_prompts(group, run.tokenizer, config.context, config.data.chat_template_kwargs, seed_of(run, step) + i)
