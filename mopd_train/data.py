@@ -97,6 +97,12 @@ def step_prompts(prompts: list[Prompt], step: int, per_step: int, seed: int) -> 
     return chosen
 
 
+def step_seed(seed: int, step: int) -> int:
+    """What a step samples from; group i of it draws its peers from this + i. It depends on the run's seed and the
+    step alone, so that a resumed run draws the same."""
+    return seed * 1_000_003 + step * 1009
+
+
 @lru_cache(maxsize=2)  # a step reads one epoch, or the end of one and the start of the next
 def _permutation(count: int, seed: str) -> list[int]:
     order = list(range(count))

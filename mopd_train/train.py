@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import checkpoint, report
 from .config import Config
 from .contexts import teacher_prompts
-from .data import step_prompts
+from .data import step_prompts, step_seed
 from .evaluate import Scores, completion_records, evaluate
 from .files import read_json, read_jsonl, write_json, write_jsonl
 from .learn import learn, to_examples
@@ -88,8 +88,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 
 
 def seed_of(run: Run, step: int) -> int:
-    """Sampling depends on the run's seed and the step alone, so that a resumed run draws the same."""
-    return run.config.training.seed * 1_000_003 + step * 1009
+    return step_seed(run.config.training.seed, step)
 
 
 def save(run: Run, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config, validate
 from ..contexts import CONTEXTS
+from ..data import step_seed
 from ..files import replacing
-from ..models import check_same_tokenizer, load_model, load_tokenizer, resolve
+from ..models import check_same_tokenizer, fingerprint, load_model, load_tokenizer, resolve
 from .groups import RolloutFiles, SavedGroup, rollout_paths
 from .inspect_page import GroupData, render
 from .inspect_scores import RolloutScores, score_group
@@ -52,6 +54,7 @@ def inspect_command(config: Config, options: InspectOptions) -> Path:
         paths,
         tokenizer,
         config.data.chat_template_kwargs,
+        expected=fingerprint(student, tokenizer),
         other_model=options.other_model,
         skip_bad_lines=options.skip_bad_lines,
     )
@@ -59,10 +62,9 @@ def inspect_command(config: Config, options: InspectOptions) -> Path:
     collected = GroupData(tokenizer, threshold)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("scoring groups", total=len(options.groups) or options.max_groups)
-        for number, saved in chosen_groups(files, options, threshold):
-            scored = score_group(
-                student, teacher, tokenizer, saved.group, contexts, config, config.training.seed, options.top
-            )
+        for number, place, saved in chosen_groups(files, options, threshold):
+            seed = step_seed(config.training.seed, saved.step or 0) + place  # the peers that training drew
+            scored = score_group(student, teacher, tokenizer, saved.group, contexts, config, seed, options.top)
             check_finite(scored, saved)
             task = str(saved.group.prompt.row.get("data_source") or config.data.task)
             collected.add(number, task, saved.group, scored)
@@ -96,9 +98,7 @@ def check_options(options: InspectOptions) -> None:
             raise ValueError(f"expected {name} >= 1, got {value}")
 
 
-def load_sides(
-    config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, PreTrainedModel, str]:
+def load_sides(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, PreTrainedModel, str]:
     """Student, teacher and the teacher's name: the named teacher, else the one that the checkpoint holds, else the
     student itself with the peers in its prompt."""
     model = config.model
@@ -117,15 +117,19 @@ def load_sides(
 
 def chosen_groups(
     files: RolloutFiles, options: InspectOptions, threshold: float
-) -> Iterator[tuple[int, SavedGroup]]:
-    """The groups asked for with their numbers; reading stops behind the last of them."""
-    wanted, found = set(options.groups), 0
+) -> Iterator[tuple[int, int, SavedGroup]]:
+    """The groups asked for, each with its number over all files, from 1, and its place in its own file, from 0.
+    Reading stops behind the last of them."""
+    wanted, found, number = set(options.groups), 0, 0
+    places: Counter[Path] = Counter()
     for number, saved in enumerate(files, start=1):
+        place = places[saved.path]
+        places[saved.path] += 1
         rollouts = saved.group.rollouts
         mixed = any(r.succeeded(threshold) for r in rollouts) and any(r.failed(threshold) for r in rollouts)
         if (wanted and number not in wanted) or (options.only_mixed and not mixed):
             continue
-        yield number, saved
+        yield number, place, saved
         found += 1
         if found == (len(wanted) or options.max_groups):
             return

@@ -1,8 +1,8 @@
-"""Self-contained HTML pages: one file with its style, its script and its data, that opens from disk and loads nothing.
+"""Self-contained HTML pages: one file with its style, its script and its data, that opens from disk, loads nothing.
 
-Data is JSON in a script element that is not run; `<` in it is written \\u003c, so no text can end the element. A content
-security policy allows the page's own script and style by their hashes, and nothing else: no network, and no script that
-text might smuggle in.
+Data is JSON in a script element that is not run; `<` in it is written \\u003c, so no text can end the element. A
+content security policy allows the page's own script and style by their hashes, and nothing else: no network, and no
+script that a text might smuggle in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..rollout import Group, Rollout
+from ..rollout import Group, Messages, Rollout
 from .inspect_scores import RolloutScores, TeacherScores, TokenScores
 
 # Stored integers are -log p in 1e-3 nats (own token, entropy), divergence in 1e-4 nats, alternatives in 1e-3 nats;
@@ -81,8 +81,8 @@ class GroupData:
             {
                 "number": number,
                 "task": task,
-                "prompt": "\n\n".join(_turn(message, group) for message in group.prompt.messages),
-                "columns": {key: _short(value) for key, value in group.prompt.row.items() if key != "prompt"},
+                "prompt": turns(group.prompt.messages),
+                "columns": {key: shortened(value) for key, value in group.prompt.row.items() if key != "prompt"},
                 "rollouts": [self._rollout(i, rollout, scores) for i, (rollout, scores) in enumerate(rollouts, 1)],
             }
         )
@@ -147,12 +147,14 @@ def verdict(reward: float | None, threshold: float) -> str:
     return "success" if reward >= threshold else "failure"
 
 
-def _turn(message: dict[str, str], group: Group) -> str:
-    """A conversation of one message needs no roles."""
-    alone = len(group.prompt.messages) == 1
-    return message["content"] if alone else f"{message['role']}: {message['content']}"
+def turns(messages: Messages) -> str:
+    """A conversation as text; one message needs no role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def _short(value: Any, limit: int = 200) -> str:
+def shortened(value: Any, limit: int = 200) -> str:
+    """A column of the dataset as text."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -151,7 +151,10 @@ def _alternatives(
     likely: list[list[list[float]]] = [[] for _ in sides]
     for first in range(0, tokens, step):
         logprobs = torch.stack(
-            [_logits(hidden[first : first + step], head, size).div(temperature).log_softmax(-1) for hidden, head in sides]
+            [
+                _logits(hidden[first : first + step], head, size).div(temperature).log_softmax(-1)
+                for hidden, head in sides
+            ]
         )  # (S, C, V)
         best = logprobs.topk(min(top, size), dim=-1).indices  # (S, C, top)
         for c, row in enumerate(best.transpose(0, 1).flatten(1).tolist()):

@@ -134,9 +134,9 @@ function fillPrompt(details, rollout) {
   const teacher = behind(rollout, state.context), name = data.contexts[state.context];
   details.hidden = teacher === null;
   if (teacher === null) return;
-  const said = (label, list) => list.length ? ` · ${label} ${list.join(", ")}` : "";
+  const said = (label, list) => list.length ? ` · ${label}: rollout ${list.join(", ")}` : "";
   details.firstChild.textContent = `Teacher prompt under ${name}, ${teacher.length} tokens`
-    + said("successes", teacher.successes) + said("failures", teacher.failures) + said("attempts", teacher.attempts)
+    + said("right", teacher.successes) + said("wrong", teacher.failures) + said("shown", teacher.attempts)
     + (teacher.feedback ? " · feedback" : "");
   details.querySelector("pre")?.remove();
   if (details.open) details.append(el("pre", {}, data.prompts[teacher.prompt]));

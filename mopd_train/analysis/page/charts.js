@@ -1,0 +1,117 @@
+"use strict";
+
+// Line and stacked charts in SVG, with a readout for the step under the pointer or chosen by the arrow keys.
+// Series differ by dash as well as by colour (Okabe and Ito).
+
+const COLORS = ["--series-1", "--series-2", "--series-3", "--series-4", "--series-5", "--series-6"];
+const DASHES = ["", "7 3", "2 3", "9 3 2 3", "1 4", "12 4"];
+const WIDTH = 460, HEIGHT = 200, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 24;
+
+function ticks(low, high, count) {
+  const rough = (high - low) / count || 1;
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((factor) => factor * unit >= rough) * unit;
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, i) => (first + i) * step);
+}
+
+function short(number) {
+  if (number === null || number === undefined) return "–";
+  const size = Math.abs(number);
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return number.toExponential(1);
+  return String(Number(number.toPrecision(4)));
+}
+
+// series: [{name, values}] over steps; marks: [[step, value]]; stacked: values are added up, from the first series on.
+function chart({title, steps, series, marks = [], stacked = false}) {
+  const tops = stacked ? steps.map((_, i) => series.reduce((sum, s) => sum + (s.values[i] ?? 0), 0)) : [];
+  const numbers = [...(stacked ? tops : series.flatMap((s) => s.values)), ...marks.map(([, y]) => y)].filter((y) => y !== null);
+  const xs = [...steps, ...marks.map(([x]) => x)];
+  const range = {low: Math.min(0, ...numbers), high: Math.max(...numbers), first: Math.min(...xs), last: Math.max(...xs)};
+  if (range.high === range.low) range.high = range.low + 1;
+  const x = (step) => LEFT + (WIDTH - LEFT - RIGHT) * (range.last === range.first ? 0.5 : (step - range.first) / (range.last - range.first));
+  const y = (number) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (number - range.low) / (range.high - range.low);
+  const guide = el("line", {class: "guide", y1: TOP, y2: HEIGHT - BOTTOM, x1: -9, x2: -9});
+  const shapes = stacked ? areas(series, steps, x, y) : series.flatMap((s, i) => curve(s, i, steps, x, y));
+  const svg = el("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: 0, "aria-label": spoken(title, series)},
+    axes(range, x, y), shapes, marks.map(([step, number]) => el("circle", {class: "mark", r: 4.5, cx: x(step), cy: y(number)})), guide);
+  const legend = series.map((s, i) => {
+    const key = el("svg", {viewBox: "0 0 22 8", class: "key", "aria-hidden": "true"},
+      stacked ? colored(el("rect", {width: 22, height: 8}), i, "fill") : curvePath("M0 4H22", i));
+    const readout = el("output", {}, short(s.values.at(-1)));
+    return {node: el("li", {}, key, ` ${s.name} `, readout), readout};
+  });
+  const at = el("span", {}, `step ${steps.at(-1)}`);
+  let place = steps.length - 1;
+  const show = (i) => {
+    place = Math.max(0, Math.min(steps.length - 1, i));
+    guide.setAttribute("x1", x(steps[place]));
+    guide.setAttribute("x2", x(steps[place]));
+    at.textContent = `step ${steps[place]}`;
+    legend.forEach(({readout}, s) => readout.textContent = short(series[s].values[place]));
+  };
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const wanted = (event.clientX - box.left) / box.width * WIDTH;
+    show(steps.reduce((best, step, i) => Math.abs(x(step) - wanted) < Math.abs(x(steps[best]) - wanted) ? i : best, 0));
+  });
+  svg.addEventListener("keydown", (event) => {
+    const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (move) show(place + move);
+  });
+  return el("figure", {"data-title": title}, el("h3", {}, title), svg,
+    el("figcaption", {}, at, el("ul", {}, legend.map(({node}) => node),
+      marks.length ? el("li", {}, el("svg", {viewBox: "0 0 10 10", class: "key dot"}, el("circle", {class: "mark", r: 4, cx: 5, cy: 5})), " held-out mean") : null)));
+}
+
+function spoken(title, series) {
+  return `${title}. ` + series.map((s) => {
+    const known = s.values.filter((number) => number !== null);
+    return `${s.name}: from ${short(known[0])} to ${short(known.at(-1))}, lowest ${short(Math.min(...known))}, highest ${short(Math.max(...known))}`;
+  }).join("; ");
+}
+
+function axes(range, x, y) {
+  return el("g", {class: "axes"},
+    ticks(range.low, range.high, 4).map((number) => [
+      el("line", {x1: LEFT, x2: WIDTH - RIGHT, y1: y(number), y2: y(number)}),
+      el("text", {x: LEFT - 6, y: y(number) + 4, "text-anchor": "end"}, short(number))]),
+    ticks(range.first, range.last, 6).filter(Number.isInteger).map((step) =>
+      el("text", {x: x(step), y: HEIGHT - 6, "text-anchor": "middle"}, String(step))));
+}
+
+function colored(node, i, property) {
+  node.style[property] = `var(${COLORS[i % COLORS.length]})`;
+  return node;
+}
+
+function curvePath(d, i) {
+  return colored(el("path", {d, class: "curve", "stroke-dasharray": DASHES[i % DASHES.length]}), i, "stroke");
+}
+
+// A line where steps follow each other, a gap where a step lacks the number, a dot where it stands alone.
+function curve(series, i, steps, x, y) {
+  let d = "", drawn = false;
+  const dots = [];
+  series.values.forEach((number, s) => {
+    if (number !== null) {
+      d += `${drawn ? "L" : "M"}${x(steps[s]).toFixed(1)} ${y(number).toFixed(1)}`;
+      if (!drawn && (series.values[s + 1] ?? null) === null) {
+        dots.push(colored(el("circle", {r: 2.5, cx: x(steps[s]), cy: y(number)}), i, "fill"));
+      }
+    }
+    drawn = number !== null;
+  });
+  return [curvePath(d, i), ...dots];
+}
+
+function areas(series, steps, x, y) {
+  const floor = steps.map(() => 0);
+  const width = Math.max(1, (WIDTH - LEFT - RIGHT) / Math.max(1, steps.length) - 1);
+  return series.flatMap((s, i) => s.values.map((number, step) => {
+    const bottom = floor[step];
+    floor[step] += number ?? 0;
+    return colored(el("rect", {class: "bar-part", x: (x(steps[step]) - width / 2).toFixed(1), width: width.toFixed(1),
+      y: y(floor[step]).toFixed(1), height: (y(bottom) - y(floor[step])).toFixed(1)}), i, "fill");
+  }));
+}
