@@ -24,51 +24,76 @@ function short(number) {
 
 // series: [{name, values}] over steps; marks: [[step, value]]; stacked: values are added up, from the first series on.
 function chart({title, steps, series, marks = [], stacked = false}) {
-  const tops = stacked ? steps.map((_, i) => series.reduce((sum, s) => sum + (s.values[i] ?? 0), 0)) : [];
-  const numbers = [...(stacked ? tops : series.flatMap((s) => s.values)), ...marks.map(([, y]) => y)].filter((y) => y !== null);
-  const xs = [...steps, ...marks.map(([x]) => x)];
-  const range = {low: Math.min(0, ...numbers), high: Math.max(...numbers), first: Math.min(...xs), last: Math.max(...xs)};
-  if (range.high === range.low) range.high = range.low + 1;
-  const x = (step) => LEFT + (WIDTH - LEFT - RIGHT) * (range.last === range.first ? 0.5 : (step - range.first) / (range.last - range.first));
+  const range = extent(steps, series, marks, stacked);
+  const x = (step) => LEFT + (WIDTH - LEFT - RIGHT) * (step - range.first) / (range.last - range.first);
   const y = (number) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (number - range.low) / (range.high - range.low);
   const guide = el("line", {class: "guide", y1: TOP, y2: HEIGHT - BOTTOM, x1: -9, x2: -9});
-  const shapes = stacked ? areas(series, steps, x, y) : series.flatMap((s, i) => curve(s, i, steps, x, y));
-  const svg = el("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: 0, "aria-label": spoken(title, series)},
-    axes(range, x, y), shapes, marks.map(([step, number]) => el("circle", {class: "mark", r: 4.5, cx: x(step), cy: y(number)})), guide);
-  const legend = series.map((s, i) => {
-    const key = el("svg", {viewBox: "0 0 22 8", class: "key", "aria-hidden": "true"},
-      stacked ? colored(el("rect", {width: 22, height: 8}), i, "fill") : curvePath("M0 4H22", i));
-    const readout = el("output", {}, short(s.values.at(-1)));
-    return {node: el("li", {}, key, ` ${s.name} `, readout), readout};
-  });
-  const at = el("span", {}, `step ${steps.at(-1)}`);
-  let place = steps.length - 1;
-  const show = (i) => {
-    place = Math.max(0, Math.min(steps.length - 1, i));
+  const svg = el("svg",
+    {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: 0, "aria-label": spoken(title, series)},
+    axes(range, x, y),
+    stacked ? bars(series, steps, x, y) : series.map((s, i) => curve(s, i, steps, x, y)),
+    marks.map(([step, number]) => el("circle", {class: "mark", r: 4.5, cx: x(step), cy: y(number)})),
+    guide);
+  const at = el("span");
+  const readouts = series.map(() => el("output"));
+  const show = (place) => {
     guide.setAttribute("x1", x(steps[place]));
     guide.setAttribute("x2", x(steps[place]));
     at.textContent = `step ${steps[place]}`;
-    legend.forEach(({readout}, s) => readout.textContent = short(series[s].values[place]));
+    readouts.forEach((node, i) => node.textContent = short(series[i].values[place]));
   };
+  follow(svg, steps, x, show);
+  const legend = series.map((s, i) => el("li", {}, key(i, stacked), ` ${s.name} `, readouts[i]));
+  if (marks.length) legend.push(el("li", {}, dot(), " held-out mean"));
+  return el("figure", {"data-title": title}, el("h3", {}, title), svg, el("figcaption", {}, at, el("ul", {}, legend)));
+}
+
+function extent(steps, series, marks, stacked) {
+  const tops = steps.map((_, i) => series.reduce((sum, s) => sum + (s.values[i] ?? 0), 0));
+  const numbers = [...(stacked ? tops : series.flatMap((s) => s.values)), ...marks.map(([, number]) => number)]
+    .filter((number) => number !== null);
+  const xs = [...steps, ...marks.map(([step]) => step)];
+  const [first, last] = [Math.min(...xs), Math.max(...xs)];
+  const range = {low: Math.min(0, ...numbers), high: Math.max(...numbers), first, last};
+  if (range.high === range.low) range.high = range.low + 1;
+  if (range.last === range.first) range.last = range.first + 1;
+  return range;
+}
+
+// Calls show(place of a step) as the pointer moves and at the arrow keys.
+function follow(svg, steps, x, show) {
+  let place = steps.length - 1;
+  const go = (wanted) => show(place = Math.max(0, Math.min(steps.length - 1, wanted)));
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
-    const wanted = (event.clientX - box.left) / box.width * WIDTH;
-    show(steps.reduce((best, step, i) => Math.abs(x(step) - wanted) < Math.abs(x(steps[best]) - wanted) ? i : best, 0));
+    const at = (event.clientX - box.left) / box.width * WIDTH;
+    const away = steps.map((step) => Math.abs(x(step) - at));
+    go(away.indexOf(Math.min(...away)));
   });
   svg.addEventListener("keydown", (event) => {
     const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (move) show(place + move);
+    if (move) go(place + move);
   });
-  return el("figure", {"data-title": title}, el("h3", {}, title), svg,
-    el("figcaption", {}, at, el("ul", {}, legend.map(({node}) => node),
-      marks.length ? el("li", {}, el("svg", {viewBox: "0 0 10 10", class: "key dot"}, el("circle", {class: "mark", r: 4, cx: 5, cy: 5})), " held-out mean") : null)));
+  go(place);
+}
+
+function key(i, filled) {
+  return el("svg", {viewBox: "0 0 22 8", class: "key", "aria-hidden": "true"},
+    filled ? colored(el("rect", {width: 22, height: 8}), i, "fill") : line("M0 4H22", i));
+}
+
+function dot() {
+  return el("svg", {viewBox: "0 0 10 10", class: "key dot", "aria-hidden": "true"},
+    el("circle", {class: "mark", r: 4, cx: 5, cy: 5}));
 }
 
 function spoken(title, series) {
-  return `${title}. ` + series.map((s) => {
+  const said = series.map((s) => {
     const known = s.values.filter((number) => number !== null);
-    return `${s.name}: from ${short(known[0])} to ${short(known.at(-1))}, lowest ${short(Math.min(...known))}, highest ${short(Math.max(...known))}`;
-  }).join("; ");
+    return `${s.name}: from ${short(known[0])} to ${short(known.at(-1))}, `
+      + `lowest ${short(Math.min(...known))}, highest ${short(Math.max(...known))}`;
+  });
+  return `${title}. ${said.join("; ")}`;
 }
 
 function axes(range, x, y) {
@@ -85,7 +110,7 @@ function colored(node, i, property) {
   return node;
 }
 
-function curvePath(d, i) {
+function line(d, i) {
   return colored(el("path", {d, class: "curve", "stroke-dasharray": DASHES[i % DASHES.length]}), i, "stroke");
 }
 
@@ -102,10 +127,10 @@ function curve(series, i, steps, x, y) {
     }
     drawn = number !== null;
   });
-  return [curvePath(d, i), ...dots];
+  return [line(d, i), ...dots];
 }
 
-function areas(series, steps, x, y) {
+function bars(series, steps, x, y) {
   const floor = steps.map(() => 0);
   const width = Math.max(1, (WIDTH - LEFT - RIGHT) / Math.max(1, steps.length) - 1);
   return series.flatMap((s, i) => s.values.map((number, step) => {

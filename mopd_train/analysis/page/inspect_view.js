@@ -26,7 +26,8 @@ function build() {
     select("full at", "range", [0.1, 0.25, 0.5, 1, 2, 4, 8].map((r) => [String(r), `${r} nats`]), String(state.range),
       pick("range", Number, repaint)),
     el("label", {}, el("input", {type: "checkbox", id: "numbers", onchange: toggleNumbers}), " numbers"));
-  view.filters = el("form", {id: "filters", "aria-label": "Filter and order", onsubmit: (event) => event.preventDefault()},
+  const stay = (event) => event.preventDefault();
+  view.filters = el("form", {id: "filters", "aria-label": "Filter and order", onsubmit: stay},
     el("label", {}, el("span", {}, "search"),
       el("input", {type: "search", id: "query", oninput: (event) => pick("query")(event.target.value)})),
     select("task", "task", [["", "all"], ...tasks.map((task) => [task, task])], "", pick("task")),
@@ -126,7 +127,8 @@ function visibleText(text) {  // line breaks and tabs get a mark of their own
 
 // Filled when it is opened: prompts are long, and most stay closed.
 function teacherPrompt(rollout) {
-  const details = el("details", {class: "teacher-prompt", ontoggle: () => fillPrompt(details, rollout)}, el("summary"));
+  const fill = () => fillPrompt(details, rollout);
+  const details = el("details", {class: "teacher-prompt", ontoggle: fill}, el("summary"));
   return details;
 }
 

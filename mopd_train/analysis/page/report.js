@@ -19,7 +19,9 @@ function series(names) {
 }
 
 function curves() {
-  const held = data.evaluations.filter((scores) => typeof scores.mean_at_k === "number").map((scores) => [scores.step, scores.mean_at_k]);
+  const held = data.evaluations
+    .filter((scores) => typeof scores.mean_at_k === "number")
+    .map((scores) => [scores.step, scores.mean_at_k]);
   return FAMILIES.map(([title, names]) => [title, series(names)]).filter(([, found]) => found.length)
     .map(([title, found]) => chart({title, steps: data.steps, series: found, marks: title === "Reward" ? held : []}));
 }
@@ -30,18 +32,19 @@ function phases() {
   const total = (s) => s.values.reduce((sum, number) => sum + (number ?? 0), 0);
   const all = found.reduce((sum, s) => sum + total(s), 0);
   const named = found.map((s) => ({...s, name: s.name.slice("time/".length)}));
+  const rows = named.map((s) => [s.name, total(s).toFixed(1), `${(100 * total(s) / all).toFixed(1)} %`]);
   return el("section", {id: "phases"}, el("h2", {}, "Time"), el("div", {class: "grid"},
     chart({title: "Seconds a step, by phase", steps: data.steps, series: named, stacked: true}),
-    table("Whole run", ["phase", "seconds", "share"], named.map((s) => [s.name, total(s).toFixed(1), `${(100 * total(s) / all).toFixed(1)} %`]))));
+    table("Whole run", ["phase", "seconds", "share"], rows)));
 }
 
 function rest() {
   const drawn = new Set(FAMILIES.flatMap(([, names]) => names));
   const names = Object.keys(data.metrics).filter((name) => !drawn.has(name) && !name.startsWith("time/"));
   const details = el("details", {ontoggle: () => {
-    if (details.open && details.children.length === 1) {
-      details.append(el("div", {class: "grid"}, names.map((name) => chart({title: name, steps: data.steps, series: series([name])}))));
-    }
+    if (!details.open || details.children.length > 1) return;
+    const charts = names.map((name) => chart({title: name, steps: data.steps, series: series([name])}));
+    details.append(el("div", {class: "grid"}, charts));
   }}, el("summary", {}, `${names.length} more metrics`));
   return names.length ? details : null;
 }
@@ -68,10 +71,15 @@ function sampledGroup(group) {
   const columns = Object.entries(group.columns).map(([key, text]) => `${key} ${text}`).join(" · ");
   return el("details", {class: "group", open: true},
     el("summary", {}, `${right} of ${group.rollouts.length} right · ${columns}`), el("pre", {}, group.prompt),
-    el("ol", {}, group.rollouts.map((rollout) => el("li", {class: rollout.verdict},
-      el("span", {class: "verdict"}, `${MARKS[rollout.verdict]} ${short(rollout.reward)}`),
-      el("span", {class: "text"}, rollout.text),
-      el("span", {class: "facts"}, [rollout.feedback, `${rollout.tokens} tokens`, rollout.finished ? null : "cut"].filter(Boolean).join(" · "))))));
+    el("ol", {}, group.rollouts.map(sampledRollout)));
+}
+
+function sampledRollout(rollout) {
+  const facts = [rollout.feedback, `${rollout.tokens} tokens`, rollout.finished ? null : "cut at the limit"];
+  return el("li", {class: rollout.verdict},
+    el("span", {class: "verdict"}, `${MARKS[rollout.verdict]} ${short(rollout.reward)}`),
+    el("span", {class: "text"}, rollout.text),
+    el("span", {class: "facts"}, facts.filter(Boolean).join(" · ")));
 }
 
 function settings() {
