@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     try:
-        _run(parser.instantiate_classes(parsed))
+        _run(parser.instantiate(parsed))
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
         if os.environ.get("MOPD_DEBUG"):
             raise

@@ -13,7 +13,7 @@ function drawLegend() {
   const said = state.against >= 0
     ? `${MEASURES[state.measure].label} under ${here} minus that under ${there}`
     : sequential ? `divergence of teacher (${here}) and student, nats`
-      : `log p of the teacher (${here}) − log q of the student, nats: blue, likelier to the teacher; orange, less likely`;
+      : `log p of the teacher (${here}) − log q of the student, nats: blue, likelier to the teacher; orange, less`;
   view.legend.replaceChildren(...(diverging ? [-1, -0.5, 0, 0.5, 1] : [0, 0.25, 0.5, 1]).map(sample), ` ${said}`);
 }
 
