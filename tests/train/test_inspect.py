@@ -102,7 +102,7 @@ def test_contexts_that_coincide_are_scored_once_and_undefined_ones_not_at_all(si
     assert [len(scores.teacher) for scores in right] == [2] * 3
     lone = score_group(student, teacher, tokenizer, group(tokenizer, [1]), ["2s"], config, seed=0)
     assert (lone[0].contexts, lone[0].teacher) == ({"2s": None}, [])
-    assert all(0 > value for value in lone[0].student.logprobs)
+    assert all(value < 0 for value in lone[0].student.logprobs)
 
 
 def test_logits_follow_the_head():
@@ -131,7 +131,7 @@ def test_a_full_page_stays_below_five_megabytes(tokenizer):
     for number in range(8):
         some = Group(Prompt([{"role": "user", "content": "word " * 60}], [1] * 60, {}))
         scored = []
-        for rollout in range(8):
+        for _ in range(8):
             ids = [rng.randrange(100, 20000) for _ in range(128)]
             some.rollouts.append(Rollout(ids, tokenizer.decode(ids), True, 1.0, "right"))
             teacher = [
