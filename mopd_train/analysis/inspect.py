@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import checkpoint
 from ..config import Config, validate
 from ..contexts import CONTEXTS
 from ..data import step_seed
@@ -105,8 +106,18 @@ def load_sides(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PreT
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_model(model.model_name_or_path, model.dtype, model.attn_implementation, device)
     name = config.distillation.teacher_model_name_or_path
+    folder = Path(resolve(model.model_name_or_path))
+    if (
+        name is None
+        and config.distillation.teacher_regularization == "frozen"
+        and (folder / checkpoint.STATE).is_file()
+    ):
+        raise ValueError(
+            f"{folder} was trained by a frozen teacher, which its checkpoints do not hold: name it with "
+            "--distillation.teacher_model_name_or_path (the model that the run began with, if it named none)"
+        )
     if name is None:
-        kept = Path(resolve(model.model_name_or_path)) / "teacher"
+        kept = folder / "teacher"
         if not kept.is_dir():
             return student, student, "the student itself"
         name = str(kept)

@@ -22,7 +22,7 @@ from mopd_train.config import Config
 from mopd_train.contexts import Peers, TeacherPrompt, teacher_prompts
 from mopd_train.data import step_seed
 from mopd_train.evaluate import completion_records
-from mopd_train.files import write_jsonl
+from mopd_train.files import write_json, write_jsonl
 from mopd_train.models import load_model
 from mopd_train.rollout import Group, Prompt, Rollout
 from tests.train.test_contexts import group
@@ -245,6 +245,16 @@ def test_a_model_that_is_broken_is_named(saved, tiny_model, tmp_path, monkeypatc
     arguments = ["--model.model_name_or_path", str(tiny_model), "--rollouts", str(saved)]
     with pytest.raises(FloatingPointError, match=r"rollout 1 of the group at .*step-000007.jsonl:1: the model's"):
         cli.main(["inspect", *arguments, "--output", str(tmp_path / "page.html")])
+
+
+def test_a_frozen_teacher_must_be_named(tiny_model, tokenizer, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "checkpoint-4")
+    write_json(tmp_path / "checkpoint-4" / "trainer_state.json", {"step": 4})
+    config = Config()
+    config.model.model_name_or_path = str(tmp_path / "checkpoint-4")
+    config.distillation.teacher_regularization = "frozen"
+    with pytest.raises(ValueError, match=r"frozen teacher.*name it with --distillation.teacher_model_name_or_path"):
+        load_sides(config, tokenizer)
 
 
 def test_the_named_teacher_comes_first(tiny_model, tokenizer):

@@ -161,7 +161,7 @@ def test_contexts_and_measures_change_colours_and_numbers(opened):
     assert "Teacher prompt under none" in opened.text("#rollouts summary")
     opened.choose("context", "1")
     opened.choose("measure", "divergence")
-    assert values(opened)[:5] == ["+1.00", "+1.00", "0.00", "+0.45", "+0.45"]
+    assert values(opened)[:5] == ["1.00", "1.00", "0.00", "0.45", "0.45"]
     purple = opened.ground(tokens(opened)[1])
     assert purple[0] > purple[1] < purple[2]
     opened.choose("range", "8")

@@ -104,7 +104,16 @@ function signed(number, digits = 2) {
   return (Number(text) === 0 ? "" : number < 0 ? "−" : "+") + text;
 }
 
+function isSequential() {  // the number cannot be negative
+  return MEASURES[state.measure].sequential && state.against < 0;
+}
+
+function written(number) {
+  return isSequential() && number !== null ? number.toFixed(2) : signed(number);
+}
+
 function percent(logprob) {
   const share = 100 * Math.exp(logprob);
-  return share >= 0.1 ? `${share.toFixed(1)} %` : `${share.toExponential(0).replace("-", "−")} %`;
+  if (share >= 0.1) return `${share.toFixed(1)} %`;
+  return `${share >= 1e-3 ? Number(share.toPrecision(1)) : share.toExponential(0).replace("-", "−")} %`;
 }

@@ -3,18 +3,17 @@
 // The legend, the panel of one token, and every way to move.
 
 function drawLegend() {
-  const {sequential} = MEASURES[state.measure], diverging = !sequential || state.against >= 0;
   const sample = (share) => {
-    const node = el("span", {class: "token"}, signed(share * state.range));
-    paint(node, share * state.range, state.range, !diverging);
+    const node = el("span", {class: "token"}, written(share * state.range));
+    paint(node, share * state.range, state.range, isSequential());
     return node;
   };
   const [here, there] = [data.contexts[state.context], data.contexts[state.against]];
   const said = state.against >= 0
     ? `${MEASURES[state.measure].label} under ${here} minus that under ${there}`
-    : sequential ? `divergence of teacher (${here}) and student, nats`
+    : isSequential() ? `divergence of teacher (${here}) and student, nats`
       : `log p of the teacher (${here}) − log q of the student, nats: blue, likelier to the teacher; orange, less`;
-  view.legend.replaceChildren(...(diverging ? [-1, -0.5, 0, 0.5, 1] : [0, 0.25, 0.5, 1]).map(sample), ` ${said}`);
+  view.legend.replaceChildren(...(isSequential() ? [0, 0.25, 0.5, 1] : [-1, -0.5, 0, 0.5, 1]).map(sample), ` ${said}`);
 }
 
 function focusToken(place, t, grab = true) {
@@ -53,7 +52,7 @@ function sides(rollout, t) {
   data.contexts.forEach((name, context) => {
     const teacher = behind(rollout, context);
     const label = context === state.context ? el("b", {}, `▸ ${name}`) : name;
-    rows.push(teacher === null ? [label, "nothing to show", "", "", ""] : [
+    rows.push(teacher === null ? [label, "–", "–", "–", "–"] : [
       label,
       percent(-teacher.logprobs[t] * LOGPROB),
       signed(measured(rollout, "ratio", context, t), 3),

@@ -145,12 +145,11 @@ function fillPrompt(details, rollout) {
 }
 
 function repaint() {
-  const {sequential} = MEASURES[state.measure];
   for (const [node, rollout, t] of painted) {
     const number = value(rollout, t);
-    paint(node, number, state.range, sequential && state.against < 0);
-    node.dataset.value = signed(number);
-    node.setAttribute("aria-label", `${data.vocabulary[rollout.tokens[t]]}, ${signed(number)}`);
+    paint(node, number, state.range, isSequential());
+    node.dataset.value = written(number);
+    node.setAttribute("aria-label", `${data.vocabulary[rollout.tokens[t]]}, ${written(number)}`);
   }
   const rollouts = visible.find(([group]) => group === data.groups[state.group])?.[1] ?? [];
   for (const [place, card] of [...view.rollouts.querySelectorAll(".rollout")].entries()) {
