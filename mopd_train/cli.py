@@ -1,4 +1,4 @@
-"""The command line: mopd train | eval | inspect | report.
+"""The command line: mopd train | eval | analyze | diversity | inspect | report.
 
 Settings come from defaults, then --config FILE (YAML), then --section.key value.
 """
@@ -22,6 +22,14 @@ EXAMPLES = {
   mopd eval --model.model_name_or_path runs/a/checkpoint-20
   mopd eval --model.model_name_or_path embedded:smollm2 --evaluation.k 32 --output eval/base
   mopd eval --model.model_name_or_path runs/a/checkpoint-20 --data.task math --data.eval_dataset test.jsonl""",
+    "analyze": """examples:
+  mopd analyze --config examples/smollm2.yaml --num-prompts 40
+  mopd analyze --config runs/a/run.json --model.model_name_or_path runs/a/checkpoint-20 --rollouts runs/a
+  mopd analyze --rollouts eval/completions.jsonl --contexts none 1s 2s1f --output analysis/base""",
+    "diversity": """examples:
+  mopd diversity runs/a
+  mopd diversity runs/a runs/b --points 6 --output diversity/ab
+  mopd diversity runs/a/completions-before.jsonl runs/a/completions-after.jsonl --code""",
     "inspect": """examples:
   mopd inspect --config runs/a/run.json --model.model_name_or_path runs/a/checkpoint-20 \\
       --rollouts runs/a/completions/step-000020.jsonl --output page.html
@@ -57,6 +65,16 @@ def build_parser() -> Any:
     evaluation = command("eval", "mean@k and pass@k of a model on held-out prompts.")
     evaluation.add_argument("--output", type=str, default="eval", help="folder for scores.json and completions.jsonl")
     commands.add_subcommand("eval", evaluation, help="mean@k and pass@k of a model or checkpoint")
+    analysis = command("analyze", "Does the teacher score successes above failures, and under which context?")
+    _analyze_arguments(analysis)
+    commands.add_subcommand("analyze", analysis, help="agreement of the teacher's scores with the verifier")
+    diversity = ArgumentParser(
+        description="How different the rollouts of a group are, over steps, checkpoints and runs.",
+        epilog=EXAMPLES["diversity"],
+        formatter_class=HelpFormatter,
+    )
+    _diversity_arguments(diversity)
+    commands.add_subcommand("diversity", diversity, help="self-BLEU, distinct-n, unique ratio, pass@k curves")
     inspection = command("inspect", "A page of rollout groups, token by token, as the teacher sees them.")
     _inspect_arguments(inspection)
     commands.add_subcommand("inspect", inspection, help="HTML page of rollout groups, token by token")
@@ -68,6 +86,29 @@ def build_parser() -> Any:
     _report_arguments(page)
     commands.add_subcommand("report", page, help="HTML page of a run: curves, time, scores, samples")
     return parser
+
+
+def _analyze_arguments(parser: Any) -> None:
+    add = parser.add_argument
+    add("--rollouts", nargs="+", type=str, default=[], help="completions files or run folders; none: sampled here")
+    add("--output", type=str, default="analysis", help="folder for tables and plots; started again, it goes on")
+    add("--contexts", nargs="+", type=str, default=[], help="what the teacher reads; none named: all nine")
+    add("--num-prompts", type=int, default=0, help="prompts to sample, or groups to read; 0: 64 sampled, all read")
+    add("--controls", type=bool, default=True, help="score every context with matched numbers of peers as well")
+    add("--resamples", type=int, default=2000, help="bootstrap resamples of the prompts")
+    add("--skip-bad-lines", action="store_true", help="drop lines that are no rollouts instead of stopping at them")
+    add("--other-model", action="store_true", help="accept rollouts that another architecture sampled")
+    add("--overwrite", action="store_true", help="delete what --output holds and begin anew")
+
+
+def _diversity_arguments(parser: Any) -> None:
+    add = parser.add_argument
+    parser.add_argument("rollouts", nargs="+", type=str, help="run folders or completions files; each is a series")
+    add("--output", type=str, default="diversity", help="folder for diversity.json and diversity.png")
+    add("--points", type=int, default=8, help="points of a run at most: consecutive steps are pooled")
+    add("--code", action="store_true", help="completions are Python: report the distance of their syntax trees")
+    add("--threshold", type=float, default=1.0, help="a rollout succeeds if its reward is at least this")
+    add("--skip-bad-lines", action="store_true", help="drop lines that are no rollouts instead of stopping at them")
 
 
 def _inspect_arguments(parser: Any) -> None:
@@ -117,6 +158,10 @@ def _run(parsed: Any) -> None:
     from .config import Config
 
     options = parsed[parsed.subcommand]
+    if parsed.subcommand == "diversity":
+        from .analysis.diversity_command import DiversityOptions, diversity_command
+
+        diversity_command(DiversityOptions(**{name: options[name] for name in DiversityOptions.__dataclass_fields__}))
     if parsed.subcommand == "report":
         from .analysis.inspect_report import report_command
 
@@ -127,6 +172,10 @@ def _run(parsed: Any) -> None:
         from .train import train
 
         train(config)
+    elif parsed.subcommand == "analyze":
+        from .analysis.command import AnalyzeOptions, analyze_command
+
+        analyze_command(config, AnalyzeOptions(**{name: options[name] for name in AnalyzeOptions.__dataclass_fields__}))
     elif parsed.subcommand == "inspect":
         from .analysis.inspect import InspectOptions, inspect_command
 

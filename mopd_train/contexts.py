@@ -99,9 +99,20 @@ def teacher_prompts(
     seed: int,
 ) -> list[TeacherPrompt | None]:
     """The teacher's prompt for each rollout; None where its context has nothing to show (no loss there)."""
+    return prompts_showing(choose_peers(group, config, seed), group, tokenizer, config, chat_template_kwargs)
+
+
+def prompts_showing(
+    chosen: list[Peers],  # one entry a rollout
+    group: Group,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ContextConfig,
+    chat_template_kwargs: dict[str, Any],
+) -> list[TeacherPrompt | None]:
+    """The same for peers that the caller chose."""
     built: dict[Peers, TeacherPrompt | None] = {}
     prompts = []
-    for peers in choose_peers(group, config, seed):
+    for peers in chosen:
         if peers not in built:
             built[peers] = _teacher_prompt(group, peers, tokenizer, config, chat_template_kwargs)
         prompts.append(built[peers])

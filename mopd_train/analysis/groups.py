@@ -27,11 +27,13 @@ NAMED = 20  # bad lines remembered by name; the others are counted
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """A group and where it was read: `line` is its first line, `step` the training step that sampled it, if any."""
+    """A group and where it was read: `line` is its first line, `number` its place in the file, `step` the training
+    step that sampled it, if any."""
 
     group: Group
     path: Path
     line: int
+    number: int
     step: int | None
 
 
@@ -39,6 +41,8 @@ class SavedGroup:
 class RolloutFiles:
     """Iterable of the groups in completions files, read anew each time.
 
+    tokenizer: of the model that is to score. None where only texts and rewards are read: ids are not compared with
+    texts, and prompts have no ids.
     expected: fingerprint (models.fingerprint) of the model that is to score. Rollouts of another tokenizer are always
     refused: their ids mean other tokens. Those of another architecture are refused unless `other_model`, which is
     for teachers larger than the student.
@@ -46,7 +50,7 @@ class RolloutFiles:
     """
 
     paths: list[Path]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     expected: dict[str, str] | None = None
     other_model: bool = False
@@ -68,12 +72,14 @@ class RolloutFiles:
     def _groups(self, path: Path) -> Iterator[SavedGroup]:
         current: SavedGroup | None = None
         key: tuple[Any, Any] | None = None
+        number = -1
         for line, record in self._records(path):
             if current is None or (record.get("group"), record["prompt"]) != key:
                 if current is not None:
                     yield current
                 key = (record.get("group"), record["prompt"])
-                current = SavedGroup(Group(self._prompt(record, path, line)), path, line, record.get("step"))
+                number = number + 1 if record.get("group") is None else record["group"]
+                current = SavedGroup(Group(self._prompt(record, path, line)), path, line, number, record.get("step"))
             current.group.rollouts.append(_rollout(record))
         if current is not None:
             yield current
@@ -109,14 +115,16 @@ class RolloutFiles:
     def _prompt(self, record: dict[str, Any], path: Path, line: int) -> Prompt:
         messages = as_messages(record["prompt"])
         row = {key: value for key, value in record.items() if key not in OURS}
+        if self.tokenizer is None:
+            return Prompt(messages, [], row)
         try:
             return Prompt(messages, encode_prompt(messages, self.tokenizer, self.chat_template_kwargs), row)
         except Exception as error:  # templates raise what they like
             raise ValueError(f"{path}:{line}: the chat template refuses its prompt: {error}") from error
 
 
-def check_record(record: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError that says why a line is no rollout of this tokenizer."""
+def check_record(record: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """ValueError that says why a line is no rollout (of this tokenizer)."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     missing = [key for key in REQUIRED if key not in record]
@@ -132,10 +140,19 @@ def check_record(record: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"expected a string as completion, got {type(text).__name__}")
     if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
         raise ValueError(f"expected a list of token ids as completion_ids, got {ids!r:.60}")
-    if not (min(ids) >= 0 and max(ids) < len(tokenizer)):
-        raise ValueError(f"token ids run from {min(ids)} to {max(ids)}, the tokenizer has {len(tokenizer)} tokens")
+    for key in ("group", "step"):
+        if type(record.get(key)) not in (int, type(None)):
+            raise ValueError(f"expected an integer as {key}, got {record[key]!r:.60}")
     if reward is not None and not (type(reward) in (int, float, bool) and math.isfinite(reward)):
         raise ValueError(f"expected a finite number or null as reward, got {reward!r:.60}")
+    if tokenizer is not None:
+        _check_tokens(ids, text, tokenizer)
+
+
+def _check_tokens(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Ids of another vocabulary would be scored without complaint, as other words."""
+    if min(ids) < 0 or max(ids) >= len(tokenizer):
+        raise ValueError(f"token ids run from {min(ids)} to {max(ids)}, the tokenizer has {len(tokenizer)} tokens")
     decoded = tokenizer.decode(ids, skip_special_tokens=True)
     if decoded != text:
         raise ValueError(

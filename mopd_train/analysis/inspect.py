@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ from ..config import Config, validate
 from ..contexts import CONTEXTS
 from ..data import step_seed
 from ..files import replacing
-from ..models import check_same_tokenizer, fingerprint, load_model, load_tokenizer, resolve
+from ..models import fingerprint, load_model, resolve
 from .groups import RolloutFiles, SavedGroup, rollout_paths
 from .inspect_page import GroupData, render
 from .inspect_scores import RolloutScores, score_group
+from .sides import load_teacher, teacher_name, tokenizer_of, warn_of_other_settings
 
 console = Console()
 
@@ -49,8 +49,9 @@ def inspect_command(config: Config, options: InspectOptions) -> Path:
     check_options(options)
     validate(config)
     paths = rollout_paths(options.rollouts)
-    tokenizer = load_tokenizer(config.model.model_name_or_path)
-    student, teacher, teacher_name = load_sides(config, tokenizer)
+    warn_of_other_settings(config, [*paths, Path(resolve(config.model.model_name_or_path))])
+    tokenizer = tokenizer_of(config.model.model_name_or_path)
+    student, teacher, taught_by = load_sides(config, tokenizer)
     files = RolloutFiles(
         paths,
         tokenizer,
@@ -63,8 +64,8 @@ def inspect_command(config: Config, options: InspectOptions) -> Path:
     collected = GroupData(tokenizer, threshold)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("scoring groups", total=len(options.groups) or options.max_groups)
-        for number, place, saved in chosen_groups(files, options, threshold):
-            seed = step_seed(config.training.seed, saved.step or 0) + place  # the peers that training drew
+        for number, saved in chosen_groups(files, options, threshold):
+            seed = step_seed(config.training.seed, saved.step or 0) + saved.number  # the peers that training drew
             scored = score_group(student, teacher, tokenizer, saved.group, contexts, config, seed, options.top)
             check_finite(scored, saved)
             task = str(saved.group.prompt.row.get("data_source") or config.data.task)
@@ -75,7 +76,7 @@ def inspect_command(config: Config, options: InspectOptions) -> Path:
     if files.bad_lines:
         console.print(f"{files.bad_lines} lines are no rollouts and were dropped: {files.named}", highlight=False)
     about = (
-        f"student {config.model.model_name_or_path}, teacher {teacher_name}, "
+        f"student {config.model.model_name_or_path}, teacher {taught_by}, "
         f"alpha {config.distillation.alpha:g}, temperature {config.rollout.temperature:g}, {', '.join(map(str, paths))}"
     )
     output = Path(options.output)
@@ -100,47 +101,31 @@ def check_options(options: InspectOptions) -> None:
 
 
 def load_sides(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, PreTrainedModel, str]:
-    """Student, teacher and the teacher's name: the named teacher, else the one that the checkpoint holds, else the
-    student itself with the peers in its prompt."""
-    model = config.model
+    """Student, teacher and the teacher's name. A teacher that is the student itself is loaded once."""
+    model, name = config.model, teacher_name(config)
+    unnamed = config.distillation.teacher_model_name_or_path is None
+    frozen = config.distillation.teacher_regularization == "frozen"
+    if unnamed and frozen and (Path(resolve(model.model_name_or_path)) / checkpoint.STATE).is_file():
+        raise ValueError(
+            f"{model.model_name_or_path} was trained by a frozen teacher, which its checkpoints do not hold: name it "
+            "with --distillation.teacher_model_name_or_path (the run's first model, if the run named none)"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_model(model.model_name_or_path, model.dtype, model.attn_implementation, device)
-    name = config.distillation.teacher_model_name_or_path
-    folder = Path(resolve(model.model_name_or_path))
-    if (
-        name is None
-        and config.distillation.teacher_regularization == "frozen"
-        and (folder / checkpoint.STATE).is_file()
-    ):
-        raise ValueError(
-            f"{folder} was trained by a frozen teacher, which its checkpoints do not hold: name it with "
-            "--distillation.teacher_model_name_or_path (the model that the run began with, if it named none)"
-        )
-    if name is None:
-        kept = folder / "teacher"
-        if not kept.is_dir():
-            return student, student, "the student itself"
-        name = str(kept)
-    else:
-        check_same_tokenizer(tokenizer, load_tokenizer(name), name)
-    return student, load_model(name, model.dtype, model.attn_implementation, device), name
+    if unnamed and name == model.model_name_or_path:
+        return student, student, "the student itself"
+    return student, load_teacher(config, tokenizer), name
 
 
-def chosen_groups(
-    files: RolloutFiles, options: InspectOptions, threshold: float
-) -> Iterator[tuple[int, int, SavedGroup]]:
-    """The groups asked for, each with its number over all files, from 1, and its place in its own file, from 0.
-    Reading stops behind the last of them."""
+def chosen_groups(files: RolloutFiles, options: InspectOptions, threshold: float) -> Iterator[tuple[int, SavedGroup]]:
+    """The groups asked for, each with its number over all files, from 1. Reading stops behind the last of them."""
     wanted, found, number = set(options.groups), 0, 0
-    places: Counter[Path] = Counter()
     for number, saved in enumerate(files, start=1):
-        place = places[saved.path]
-        places[saved.path] += 1
         rollouts = saved.group.rollouts
         mixed = any(r.succeeded(threshold) for r in rollouts) and any(r.failed(threshold) for r in rollouts)
         if (wanted and number not in wanted) or (options.only_mixed and not mixed):
             continue
-        yield number, place, saved
+        yield number, saved
         found += 1
         if found == (len(wanted) or options.max_groups):
             return

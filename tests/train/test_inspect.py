@@ -232,7 +232,7 @@ def test_what_inspect_refuses(saved, tiny_model, tmp_path, monkeypatch, changes,
 def test_groups_by_number(saved, tmp_path, tokenizer):
     other = Path(shutil.copy(saved, tmp_path / "other.jsonl"))
     files = RolloutFiles([saved, other], tokenizer)
-    chosen = [(number, place) for number, place, _ in chosen_groups(files, options(saved, groups=[2, 4, 6]), 1.0)]
+    chosen = [(number, found.number) for number, found in chosen_groups(files, options(saved, groups=[2, 4, 6]), 1.0)]
     assert chosen == [(2, 1), (4, 0), (6, 2)]
 
 
