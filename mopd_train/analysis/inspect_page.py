@@ -100,7 +100,7 @@ class GroupData:
             "number": number,
             "verdict": verdict(rollout.reward, self.threshold),
             "reward": rollout.reward,
-            "feedback": rollout.feedback,
+            "feedback": as_text(rollout.feedback),
             "finished": rollout.finished,
             "text": rollout.text,
             "tokens": self._tokens(rollout.token_ids),
@@ -154,7 +154,12 @@ def turns(messages: Messages) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
+def as_text(value: Any) -> str | None:
+    """What verifiers and datasets call text may be any JSON value."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
 def shortened(value: Any, limit: int = 200) -> str:
-    """A column of the dataset as text."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A column of the dataset."""
+    text = as_text(value) or ""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -15,11 +15,11 @@ from ..config import Config
 from ..files import read_json, read_jsonl, replacing
 from ..rundir import METRICS, RUN
 from ..tasks import as_messages
-from .inspect_page import render, shortened, turns, verdict
+from .inspect_page import as_text, render, shortened, turns, verdict
 
 STEP = re.compile(r"step-(\d+)\.jsonl")
-OWN_COLUMNS = {"prompt", "completion", "completion_ids", "finished", "reward", "feedback", "group", "step"}
-OWN_COLUMNS |= {"model", "tokenizer"}
+SHOWN = ("prompt", "completion", "completion_ids", "reward")  # of every rollout
+OWN_COLUMNS = {*SHOWN, "finished", "feedback", "group", "step", "model", "tokenizer"}
 console = Console()
 
 
@@ -115,7 +115,7 @@ def _spaced(items: list[Any], count: int) -> list[Any]:
 def _sampled(path: Path, threshold: float) -> Iterator[dict[str, Any]]:
     """Groups of a completions file: consecutive lines of one prompt. Read no further than they are asked for."""
     with open(path, encoding="utf-8") as handle:
-        records = (json.loads(line) for line in handle if line.endswith("\n"))
+        records = (_record(line, f"{path}:{n}") for n, line in enumerate(handle, 1) if line.endswith("\n"))
         for _, lines in groupby(records, key=lambda record: (record.get("group"), record["prompt"])):
             group = list(lines)
             yield {
@@ -126,10 +126,21 @@ def _sampled(path: Path, threshold: float) -> Iterator[dict[str, Any]]:
                         "text": record["completion"],
                         "verdict": verdict(record["reward"], threshold),
                         "reward": record["reward"],
-                        "feedback": record.get("feedback"),
+                        "feedback": as_text(record.get("feedback")),
                         "tokens": len(record["completion_ids"]),
                         "finished": record.get("finished", True),
                     }
                     for record in group
                 ],
             }
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    missing = [key for key in SHOWN if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise ValueError(f"{where} is no rollout: it has no {missing[0]!r}")
+    return record
