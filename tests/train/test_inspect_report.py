@@ -94,6 +94,19 @@ def test_a_run_still_going_on(run):
     assert [len(sample["groups"]) for sample in data["samples"]] == [3]
 
 
+def test_feedback_may_be_anything_and_broken_lines_are_named(run):
+    path = run / "completions" / "step-000004.jsonl"
+    write_jsonl(path, [{**record(0, 0, 1.0), "feedback": {"tests": [1, 2]}}])
+    [sample] = report_data(run, steps=1, groups=1)["samples"]
+    assert sample["groups"][0]["rollouts"][0]["feedback"] == '{"tests": [1, 2]}'
+    for line, message in (("{", r"000004.jsonl:2 is not valid JSON"), ("{}", r":2 is no rollout: it has no 'prompt'")):
+        write_jsonl(path, [record(0, 0, 1.0)])
+        with open(path, "a") as handle:
+            handle.write(line + "\n")
+        with pytest.raises(ValueError, match=message):
+            report_data(run, steps=1, groups=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"), [(["--steps", "-1"], "--steps >= 0, got -1"), ([], "is no run: it has")]
 )
