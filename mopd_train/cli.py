@@ -96,6 +96,7 @@ def _analyze_arguments(parser: Any) -> None:
     add("--num-prompts", type=int, default=0, help="prompts to sample, or groups to read; 0: 64 sampled, all read")
     add("--controls", type=bool, default=True, help="score every context with matched numbers of peers as well")
     add("--resamples", type=int, default=2000, help="bootstrap resamples of the prompts")
+    add("--reference", type=str, default="none", help="context from which differences are taken")
     add("--skip-bad-lines", action="store_true", help="drop lines that are no rollouts instead of stopping at them")
     add("--other-model", action="store_true", help="accept rollouts that another architecture sampled")
     add("--overwrite", action="store_true", help="delete what --output holds and begin anew")

@@ -39,7 +39,7 @@ from .plots import plot_auc, plot_margins
 from .scored import ScoredGroup, score_groups
 from .sides import load_teacher, teacher_name, tokenizer_of, warn_of_other_settings
 from .summary import Analysis, summarise
-from .tables import auc_table, controls_table, metrics_table
+from .tables import auc_table, controls_table, metrics_table, number
 from .teacher_signal import check_contexts, with_controls
 
 console = Console()
@@ -55,6 +55,7 @@ class AnalyzeOptions:
     num_prompts: int
     controls: bool
     resamples: int
+    reference: str
     skip_bad_lines: bool
     other_model: bool
     overwrite: bool
@@ -64,7 +65,7 @@ def analyze_command(config: Config, options: AnalyzeOptions) -> Analysis:
     started = time.perf_counter()
     statistics()  # asked for before any work
     validate(config)
-    contexts = check_contexts(options.contexts or None)
+    contexts = check_contexts(options.contexts or None, options.reference)
     if options.num_prompts < 0 or options.resamples < 1:
         raise ValueError(
             f"expected --num-prompts >= 0 and --resamples >= 1, got {options.num_prompts} and {options.resamples}"
@@ -87,7 +88,7 @@ def analyze_command(config: Config, options: AnalyzeOptions) -> Analysis:
     conditions = with_controls(contexts, options.controls)
     scored = score_files(teacher, tokenizer, files, conditions, config, output, options.num_prompts)
     threshold, seed = config.context.success_reward_threshold, config.training.seed
-    analysis = summarise(scored, contexts, threshold, options.resamples, seed)
+    analysis = summarise(scored, contexts, threshold, options.resamples, seed, options.reference)
     about = {
         "model": config.model.model_name_or_path,
         "teacher": teacher_name(config),
@@ -202,8 +203,9 @@ def show(analysis: Analysis, about: dict[str, Any], output: Path) -> None:
     console.print(
         f"{counts['groups']} groups: {counts['mixed_groups']} hold successes and failures, {counts['uniform_groups']} "
         f"one reward only, {counts['groups_of_one']} fewer than two verdicts; {counts['unjudged_rollouts']} rollouts "
-        f"without a verdict. {counts['tokens_computed']} of {counts['tokens_total']} tokens computed, scoring took "
-        f"{counts['scoring_seconds']:.1f} s, everything {about['seconds']:.1f} s. Written: {output}",
+        f"without a verdict. Length alone, shorter first, has an AUC of {number(counts['shorter_first_auc'])}. "
+        f"{counts['tokens_computed']} of {counts['tokens_total']} tokens computed, scoring took "
+        f"{counts['scoring_seconds']:.1f} s, this start {about['seconds']:.1f} s. Written: {output}",
         highlight=False,
         soft_wrap=True,
     )

@@ -122,9 +122,11 @@ def short_names(results: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def diversity_table(results: list[dict[str, Any]]) -> Table:
-    table = Table(title="diversity of the rollouts of a prompt", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="diversity of the rollouts of a prompt", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     names, short = measures(results), short_names(results)
-    for heading in ("run", "steps", "groups", *(name.replace("_", "\n", 1) for name in names)):
+    for heading in ("run", "steps", "groups", *(name.replace("_", "\n") for name in names)):
         table.add_column(heading, justify="left" if heading in ("run", "steps") else "right")
     for row in results:
         values = [row[name]["value"] if name in row else None for name in names]

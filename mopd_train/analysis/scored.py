@@ -30,6 +30,7 @@ class ScoredGroup:
     source: str  # file:line, or the number of the group
     question: str  # last user message
     rewards: list[float | None]
+    lengths: list[int]  # tokens
     scores: dict[str, list[float | None]] = field(default_factory=dict)  # condition -> mean log-prob, nats a token
     shown: dict[str, list[list[int] | None]] = field(default_factory=dict)  # -> [successes, failures] shown
     tokens_computed: int = 0
@@ -73,8 +74,9 @@ def _score(
     start = time.perf_counter()
     question = next(m["content"] for m in reversed(group.prompt.messages) if m["role"] == "user")
     rewards = [rollout.reward for rollout in group.rollouts]
+    lengths = [len(rollout.token_ids) for rollout in group.rollouts]
     if len({reward for reward in rewards if reward is not None}) < 2:
-        return ScoredGroup(key, source, question, rewards)
+        return ScoredGroup(key, source, question, rewards, lengths)
     prompts = {name: condition_prompts(group, tokenizer, name, config, seed) for name in conditions}
     scored = score_prompts(model, tokenizer, group, prompts, config)
     scores = {
@@ -90,7 +92,7 @@ def _score(
         for name, row in prompts.items()
     }
     seconds = time.perf_counter() - start
-    return ScoredGroup(key, source, question, rewards, scores, shown, scored.computed, scored.total, seconds)
+    return ScoredGroup(key, source, question, rewards, lengths, scores, shown, scored.computed, scored.total, seconds)
 
 
 def _key(group: Group, conditions: list[str], seed: int) -> str:

@@ -22,9 +22,10 @@ Values = dict[str, dict[str, list[float | None]]]  # condition -> metric -> one 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Every field but `groups` and `values` is a flat dict or a list of such, ready for pandas.DataFrame."""
+    """`rows`, `controls`, `prompts` and `rollouts` are lists of flat dicts, ready for pandas.DataFrame."""
 
     counts: dict[str, Any]
+    reference: str  # the context from which differences are taken
     rows: list[Row]  # context x metric, on the prompts where all contexts define the metric
     controls: list[Row]  # by context: composition alone, matched peers
     groups: list[ScoredGroup]
@@ -45,7 +46,14 @@ class Analysis:
     def rollouts(self) -> list[Row]:
         """Condition x rollout: score, reward, and how many successes and failures its teacher was shown."""
         return [
-            {"context": name, "source": group.source, "rollout": i, "reward": group.rewards[i], "score": score}
+            {
+                "context": name,
+                "source": group.source,
+                "rollout": i,
+                "reward": group.rewards[i],
+                "score": score,
+                "tokens": group.lengths[i],
+            }
             | dict(zip(("successes_shown", "failures_shown"), group.shown[name][i] or (None, None), strict=True))
             for group in self.groups
             for name, scores in group.scores.items()
@@ -56,6 +64,7 @@ class Analysis:
         """Everything, ready for json."""
         return {
             "counts": self.counts,
+            "reference": self.reference,
             "rows": self.rows,
             "controls": self.controls,
             "prompts": self.prompts,
@@ -63,12 +72,15 @@ class Analysis:
         }
 
 
-def summarise(groups: list[ScoredGroup], contexts: list[str], threshold: float, resamples: int, seed: int) -> Analysis:
+def summarise(
+    groups: list[ScoredGroup], contexts: list[str], threshold: float, resamples: int, seed: int, reference: str = "none"
+) -> Analysis:
     """Averages over prompts with prompt-level bootstrap intervals (95%).
 
     Each metric is averaged over the prompts on which every context defines it (paired intersection); a context defines
-    a prompt's metrics if it has something to show for each judged rollout. Differences against `none` resample the
-    prompts of both together. ValueError if no group defines an AUC under any context.
+    a prompt's metrics if it has something to show for each judged rollout. Differences from `reference` resample the
+    prompts of both together; there are none where it is not among the contexts. ValueError if no group defines an AUC
+    under any context.
     """
     conditions = list(dict.fromkeys(name for group in groups for name in group.scores))
     values = {name: _values(groups, name, threshold) for name in conditions}
@@ -79,11 +91,11 @@ def summarise(groups: list[ScoredGroup], contexts: list[str], threshold: float, 
             f"context can be scored on: {counts}; sample more prompts, or choose a task that is neither too easy nor "
             "too hard"
         )
-    rows = [row for metric in METRICS for row in _rows(values, contexts, metric, resamples, seed)]
+    rows = [row for metric in METRICS for row in _rows(values, contexts, metric, resamples, seed, reference)]
     _warn_of_empty(rows, len(groups))
     matched = [name for name in contexts if name + MATCHED in values]
     controls = [_control(groups, values, name, threshold, resamples, seed) for name in matched]
-    return Analysis(counts, rows, controls, groups, values)
+    return Analysis(counts, reference, rows, controls, groups, values)
 
 
 def judged(
@@ -107,7 +119,7 @@ def _values(groups: list[ScoredGroup], name: str, threshold: float) -> dict[str,
     return values | {BRIER: [None if entry is None else next(brier) for entry in data]}
 
 
-def _rows(values: Values, contexts: list[str], metric: str, resamples: int, seed: int) -> list[Row]:
+def _rows(values: Values, contexts: list[str], metric: str, resamples: int, seed: int, reference: str) -> list[Row]:
     columns = {name: np.array(values[name][metric], dtype=np.float64) for name in contexts}  # None becomes nan
     paired = ~np.isnan(np.stack(list(columns.values()))).any(axis=0)
     rows = []
@@ -115,8 +127,8 @@ def _rows(values: Values, contexts: list[str], metric: str, resamples: int, seed
         defined = int((~np.isnan(column)).sum())
         row = {"context": name, "metric": metric, "prompts": int(paired.sum())}
         row |= _mean(column[paired], "", resamples, seed)
-        if "none" in columns and name != "none":
-            row |= _mean((column - columns["none"])[paired], "difference", resamples, seed)
+        if reference in columns and name != reference:
+            row |= _mean((column - columns[reference])[paired], "difference", resamples, seed)
         else:
             row |= {"difference": None, "difference_low": None, "difference_high": None}
         row |= {"unpaired_value": float(np.nanmean(column)) if defined else None}
@@ -159,6 +171,8 @@ def _control(groups: list[ScoredGroup], values: Values, name: str, threshold: fl
 
 def _counts(groups: list[ScoredGroup], threshold: float) -> dict[str, Any]:
     rewards = [[r for r in group.rewards if r is not None] for group in groups]
+    by_length = [judged(group, [-float(length) for length in group.lengths], threshold) for group in groups]
+    shorter = [value for entry in by_length if entry is not None and (value := auc(*entry)) is not None]
     mixed = [
         [r >= threshold for r in row] for row in rewards if any(r >= threshold for r in row) and min(row) < threshold
     ]
@@ -170,6 +184,7 @@ def _counts(groups: list[ScoredGroup], threshold: float) -> dict[str, Any]:
         "uniform_groups": sum(len(row) > 1 and len(set(row)) == 1 for row in rewards),
         "mixed_groups": len(mixed),
         "success_rate_of_mixed": float(np.mean([np.mean(row) for row in mixed])) if mixed else None,
+        "shorter_first_auc": float(np.mean(shorter)) if shorter else None,  # what length alone would reach
         "tokens_computed": sum(group.tokens_computed for group in groups),
         "tokens_total": sum(group.tokens_total for group in groups),
         "scoring_seconds": sum(group.seconds for group in groups),

@@ -11,9 +11,9 @@ from .summary import METRICS, Analysis
 
 
 def auc_table(analysis: Analysis, title: str) -> Table:
-    """The main result: AUC by context with its interval and its difference from no context."""
+    """The main result: AUC by context with its interval and its difference from the reference."""
     table = _table(title, "means over the n prompts that every context defines, 95% intervals")
-    for name in ("context", "AUC", "AUC - none", "n", "defined alone"):
+    for name in ("context", "AUC", f"AUC - {analysis.reference}", "n", "defined alone"):
         _column(table, name)
     for row in analysis.rows:
         if row["metric"] == "auc":
@@ -58,7 +58,7 @@ def controls_table(analysis: Analysis) -> Table:
 
 
 def _table(title: str, caption: str) -> Table:
-    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _column(table: Table, name: str) -> None:

@@ -29,6 +29,7 @@ def analyze(
     config: Config | None = None,  # as in training: template, temperature, threshold, tree, seed
     controls: bool = True,
     resamples: int = 2000,
+    reference: str = "none",  # the context from which differences are taken
 ) -> Analysis:
     """Score judged groups under each context and compare scores with rewards.
 
@@ -36,20 +37,22 @@ def analyze(
     equal have nothing to agree with: they are counted and not scored. ValueError for unknown contexts and where no
     group is left.
     """
-    names = check_contexts(contexts)
+    names = check_contexts(contexts, reference)
     config = config or Config()
     if isinstance(model, str):
         model = load_model(model, config.model.dtype, config.model.attn_implementation)
     tokenizer = tokenizer or tokenizer_of(str(model.name_or_path))
     scored = list(score_groups(model, tokenizer, groups, with_controls(names, controls), config))
-    return summarise(scored, names, config.context.success_reward_threshold, resamples, config.training.seed)
+    return summarise(scored, names, config.context.success_reward_threshold, resamples, config.training.seed, reference)
 
 
-def check_contexts(contexts: Iterable[str] | None) -> list[str]:
+def check_contexts(contexts: Iterable[str] | None, reference: str) -> list[str]:
     names = list(dict.fromkeys(CONTEXTS if contexts is None else contexts))
-    unknown = [name for name in names if name not in CONTEXTS]
+    unknown = [name for name in (*names, reference) if name not in CONTEXTS]
     if unknown or not names:
         raise ValueError(f"expected contexts out of {list(CONTEXTS)}, got {unknown or names}")
+    if reference not in names and reference != "none":
+        raise ValueError(f"expected the reference among the contexts {names}, got {reference!r}")
     return names
 
 

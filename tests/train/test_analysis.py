@@ -55,15 +55,15 @@ def groups(tokenizer):
 
 
 def options(output, **changes):
-    chosen = {"rollouts": [], "contexts": [], "num_prompts": 0, "controls": True, "resamples": 200}
+    chosen = {"rollouts": [], "contexts": [], "num_prompts": 0, "controls": True, "resamples": 200, "reference": "none"}
     chosen |= {"skip_bad_lines": False, "other_model": False, "overwrite": False}
     return AnalyzeOptions(**(chosen | {"output": str(output)} | changes))
 
 
 def hand_made(rewards, none, one, shown):
-    return ScoredGroup(
-        "k", "s", "q", rewards, {"none": none, "1s": one}, {"none": [[0, 0]] * len(rewards), "1s": shown}
-    )
+    lengths = [3, 2, 5, 5][: len(rewards)]
+    peers = {"none": [[0, 0]] * len(rewards), "1s": shown}
+    return ScoredGroup("k", "s", "q", rewards, lengths, {"none": none, "1s": one}, peers)
 
 
 def test_paired_intersection_and_differences_by_hand():
@@ -73,7 +73,7 @@ def test_paired_intersection_and_differences_by_hand():
         hand_made([1, 0, 1, 0], [-1, -2, -3, -4], [-1, -3, -2, -4], shown),  # AUC 3/4, 1
         hand_made([1, 1, 0, 0], [-4, -3, -2, -1], [-1, -4, -3, -2], shown),  # AUC 0, 1/2
         hand_made([1, 0, 0, 0], [-1, -2, -3, -4], [None, -3, -2, -4], [None, *shown[:3]]),  # AUC 1, -
-        ScoredGroup("k", "s", "q", [0, None, 0, 0]),
+        ScoredGroup("k", "s", "q", [0, None, 0, 0], [1] * 4),
     ]
     analysis = summarise(scored, ["none", "1s"], 1.0, 500, seed=0)
     rows = {(row["context"], row["metric"]): row for row in analysis.rows}
@@ -90,6 +90,10 @@ def test_paired_intersection_and_differences_by_hand():
     assert (counts["groups"], counts["mixed_groups"], counts["uniform_groups"]) == (4, 3, 1)
     assert counts["unjudged_rollouts"] == 1
     assert counts["success_rate_of_mixed"] == pytest.approx((0.5 + 0.5 + 0.25) / 3)
+    # lengths 3, 2, 5, 5: pairs won by the shorter success, ties one half
+    assert counts["shorter_first_auc"] == pytest.approx(((1 + 0.5) / 4 + 1 + 2 / 3) / 3)
+    back = {(row["context"], row["metric"]): row for row in summarise(scored, ["none", "1s"], 1.0, 500, 0, "1s").rows}
+    assert (back["none", "auc"]["difference"], back["1s", "auc"]["difference"]) == (-3 / 8, None)
     prompts = [row["auc"] for row in analysis.prompts if row["context"] == "1s"]
     assert prompts == [1, 0.5, None]
 
@@ -98,7 +102,7 @@ def test_control_of_counting_and_matching_by_hand():
     """`all` shows a success (1, 2) and a failure (2, 1): counting tells them apart; matched scores do not."""
     scored = []
     for flip in (1, -1):
-        one = ScoredGroup("k", "s", "q", [1, 0, 1, 0])
+        one = ScoredGroup("k", "s", "q", [1, 0, 1, 0], [1] * 4)
         one.scores.update({"none": [-1, -1, -1, -1], "all": [-1, -2, -1, -2], "all" + MATCHED: [0, 0, -1 * flip, -2]})
         one.shown.update({"none": [[0, 0]] * 4, "all": [[1, 2], [2, 1]] * 2, "all" + MATCHED: [[1, 1]] * 4})
         scored.append(one)
@@ -112,7 +116,7 @@ def test_control_of_counting_and_matching_by_hand():
 
 def test_nothing_to_agree_with():
     with pytest.raises(ValueError, match="none of 1 groups holds a success and a failure"):
-        summarise([ScoredGroup("k", "s", "q", [0, 0])], ["none"], 1.0, 100, 0)
+        summarise([ScoredGroup("k", "s", "q", [0, 0], [1, 1])], ["none"], 1.0, 100, 0)
 
 
 def test_no_shared_prompt_is_said(caplog):
@@ -147,6 +151,8 @@ def test_context_choice(model, tokenizer, groups):
     assert (list(analysis.values), analysis.controls) == (["1s", "none"], [])
     with pytest.raises(ValueError, match=r"expected contexts out of \['none', .* got \['3s'\]"):
         analyze(model, groups, ["3s"], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"expected the reference among the contexts \['none'\], got '1s'"):
+        analyze(model, groups, ["none"], tokenizer=tokenizer, reference="1s")
 
 
 def saved(path, groups, **origin):
@@ -193,19 +199,21 @@ def test_bad_input_is_named(config, tokenizer, groups, model, tmp_path):
     kept = options(tmp_path / "d", rollouts=[other], other_model=True, skip_bad_lines=True, **few)
     assert analyze_command(config, kept).counts["groups"] == 4
     assert json.loads((tmp_path / "d" / "analysis.json").read_text())["bad_lines"]["count"] == 1
+    config.data.train_dataset = str(write_rows(tmp_path))
+    with pytest.raises(ValueError, match="has 5 prompts, --num-prompts asks for 9"):
+        analyze_command(config, options(tmp_path / "f", num_prompts=9))
     with pytest.raises(ValueError, match="got -1 and 200"):
         analyze_command(config, options(tmp_path / "e", num_prompts=-1))
 
 
-def test_the_command_samples_judges_and_scores(tiny_model, tmp_path):
-    """`mopd analyze` from the command line, over prompts of its own, is an analysis of rollouts it can read back."""
-    arguments = (
-        *("--model.model_name_or_path", str(tiny_model), "--data.task", "tests.train.rewards.parity"),
-        *("--data.train_dataset", str(write_rows(tmp_path)), "--num-prompts", "4", "--output", str(tmp_path / "out")),
-        *("--rollout.num_generations", "6", "--rollout.max_completion_length", "4", "--resamples", "100"),
-        *("--contexts", "none", "2s", "all"),
+def test_the_command_samples_judges_and_scores(config, tmp_path):
+    """From the command line, with the settings of a run, over prompts it samples itself."""
+    config.data.train_dataset = str(write_rows(tmp_path))
+    write_json(tmp_path / "run.json", config.as_dict())
+    done = mopd(
+        *("analyze", "--config", str(tmp_path / "run.json"), "--num-prompts", "4", "--output", str(tmp_path / "out")),
+        *("--contexts", "none", "2s", "all", "--resamples", "100"),
     )
-    done = mopd("analyze", *arguments)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "analysis.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
@@ -216,8 +224,6 @@ def test_the_command_samples_judges_and_scores(tiny_model, tmp_path):
     assert {row["context"] for row in record["controls"]} == {"2s", "all"}
     assert all(row["composition_auc"] == 1 for row in record["controls"] if row["context"] == "all" and row["prompts"])
     assert "counting" in done.stdout
-    wanted = mopd("analyze", *arguments[:4], "--num-prompts", "9", "--output", str(tmp_path / "o"), *arguments[4:6])
-    assert "has 5 prompts, --num-prompts asks for 9" in wanted.stderr
 
 
 def test_the_teacher_is_the_one_that_was_trained_with(tiny_model, tokenizer, tmp_path, caplog):
