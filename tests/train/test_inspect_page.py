@@ -198,8 +198,10 @@ def test_cards_show_verdict_reward_and_feedback(opened):
 
 def test_filters(opened):
     assert opened.text("#count") == "5 of 5 rollouts in 2 of 2 groups"
+    opened.run("focusToken(2, 1)")
     opened.choose("verdict", "failure")
     assert numbers(opened) == [2, 3]
+    assert opened.run("return current().number") == 3  # it was looked at before
     assert opened.text("#count") == "3 of 5 rollouts in 2 of 2 groups"
     opened.choose("verdict", "mixed")
     assert opened.text("#count") == "4 of 5 rollouts in 1 of 2 groups"
@@ -267,6 +269,8 @@ def test_keyboard(opened):
     )
     assert opened.text(".rollout details pre").startswith("peers prompt ")
     assert opened.text(".rollout details pre").endswith(HOSTILE)
+    opened.press("1")  # the prompt stays open and is now the other context's
+    assert opened.text(".rollout details pre").startswith("none prompt ")
     opened.press("t")
     assert opened.run("return document.documentElement.dataset.theme") == "dark"
     assert max(opened.ground(opened.one("#rollouts"))) < 40

@@ -34,10 +34,10 @@ function select(label, id, options, value, change) {
 
 const TYPED = new Set(["INPUT", "SELECT", "TEXTAREA"]);
 
-// Calls keys[event.key] unless the user is typing, or holds a modifier that belongs to the browser.
+// Calls keys[event.key] unless the user is typing, holds a modifier that belongs to the browser, or reads a dialog.
 function bindKeys(keys) {
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
     if (event.key === "Escape" && TYPED.has(event.target.tagName)) event.target.blur();
     if (TYPED.has(event.target.tagName) || !Object.hasOwn(keys, event.key)) return;
     event.preventDefault();

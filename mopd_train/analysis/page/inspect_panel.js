@@ -17,9 +17,8 @@ function drawLegend() {
 }
 
 function focusToken(place, t, grab = true) {
-  const rollouts = visible.find(([group]) => group === data.groups[state.group])[1];
   state.rollout = place;
-  state.token = Math.max(0, Math.min(t, rollouts[place].tokens.length - 1));
+  state.token = Math.max(0, Math.min(t, drawn[place].tokens.length - 1));
   view.rollouts.querySelector(".token[aria-selected=true]")?.setAttribute("aria-selected", "false");
   const list = document.getElementById(`tokens-${place}`);
   const node = document.getElementById(`token-${place}-${state.token}`);
@@ -33,7 +32,7 @@ function focusToken(place, t, grab = true) {
 }
 
 function current() {
-  return visible.find(([group]) => group === data.groups[state.group])?.[1][state.rollout];
+  return drawn[state.rollout];
 }
 
 function drawPanel() {

@@ -3,7 +3,8 @@
 const page = document.getElementById("page");
 const view = {};  // the parts of the page that are drawn again
 let visible = [];  // what shown() gave when the lists were drawn
-let painted = [];  // [token element, rollout, t] of the group on the page
+let drawn = [];  // the rollouts on the page
+let painted = [];  // [token element, rollout, t] of each of their tokens
 
 const MARKS = {success: "✓ success", failure: "✗ failure", none: "? no verdict"};
 
@@ -17,7 +18,7 @@ function build() {
   view.groups = el("ul", {role: "listbox", "aria-label": "Groups", id: "groups", tabindex: 0});
   view.count = el("p", {id: "count", role: "status"});
   view.rollouts = el("main", {id: "rollouts", tabindex: -1});
-  view.panel = el("aside", {id: "panel", "aria-label": "Token", "aria-live": "polite"});
+  view.panel = el("aside", {id: "panel", "aria-label": "Token"});
   view.legend = el("p", {id: "legend"});
   view.controls = el("form", {id: "controls", "aria-label": "View", onsubmit: (event) => event.preventDefault()},
     select("context", "context", contexts, String(state.context), pick("context", Number)),
@@ -47,15 +48,18 @@ function build() {
     view.help = helpDialog());
 }
 
+// After a change of filter, order or context: the rollout looked at stays, wherever it now stands.
 function drawLists() {
+  const before = current();
   visible = shown();
   const kept = visible.findIndex(([group]) => group === data.groups[state.group]);
+  const place = kept < 0 ? -1 : visible[kept][1].indexOf(before);
   const total = data.groups.reduce((sum, group) => sum + group.rollouts.length, 0);
   const matched = visible.reduce((sum, [, rollouts]) => sum + rollouts.length, 0);
   view.count.textContent = `${matched} of ${total} rollouts in ${visible.length} of ${data.groups.length} groups`;
   view.groups.replaceChildren(...visible.map(([group, rollouts], place) => groupItem(group, rollouts, place)));
   view.groups.classList.toggle("empty", !visible.length);
-  openGroup(Math.max(0, kept), kept < 0 ? 0 : state.rollout);
+  openGroup(Math.max(0, kept), Math.max(0, place), place < 0 ? 0 : state.token);
 }
 
 function groupItem(group, rollouts, place) {
@@ -72,10 +76,10 @@ function lastLine(prompt) {
   return line.length > 90 ? `${line.slice(0, 89)}…` : line;
 }
 
-function openGroup(place, rollout = 0) {
+function openGroup(place, rollout = 0, token = 0) {
   for (const [i, item] of [...view.groups.children].entries()) item.setAttribute("aria-selected", String(i === place));
-  painted = [];
   if (!visible.length) {
+    [painted, drawn] = [[], []];
     view.rollouts.replaceChildren(el("p", {class: "note"}, "No rollout matches the filters."));
     view.panel.replaceChildren();
     drawLegend();
@@ -85,13 +89,18 @@ function openGroup(place, rollout = 0) {
   view.groups.setAttribute("aria-activedescendant", `group-${place}`);
   view.groups.children[place].scrollIntoView({block: "nearest"});
   state.group = data.groups.indexOf(group);
+  if (rollouts.length !== drawn.length || rollouts.some((one, i) => one !== drawn[i])) drawGroup(group, rollouts);
+  repaint();
+  focusToken(rollout, token, false);
+}
+
+function drawGroup(group, rollouts) {
+  [painted, drawn] = [[], rollouts];
   const columns = Object.entries(group.columns).map(([key, x]) => el("li", {}, el("b", {}, key), ` ${x}`));
   view.rollouts.replaceChildren(
     el("section", {class: "prompt"}, el("h2", {}, `Group ${group.number}`), el("pre", {}, group.prompt),
       el("ul", {class: "columns"}, columns)),
     ...rollouts.map(rolloutCard));
-  repaint();
-  focusToken(Math.min(rollout, rollouts.length - 1), rollout === state.rollout ? state.token : 0, false);
 }
 
 function rolloutCard(rollout, place) {
@@ -151,10 +160,9 @@ function repaint() {
     node.dataset.value = written(number);
     node.setAttribute("aria-label", `${data.vocabulary[rollout.tokens[t]]}, ${written(number)}`);
   }
-  const rollouts = visible.find(([group]) => group === data.groups[state.group])?.[1] ?? [];
   for (const [place, card] of [...view.rollouts.querySelectorAll(".rollout")].entries()) {
-    card.querySelector(".means").textContent = means(rollouts[place]);
-    fillPrompt(card.querySelector(".teacher-prompt"), rollouts[place]);
+    card.querySelector(".means").textContent = means(drawn[place]);
+    fillPrompt(card.querySelector(".teacher-prompt"), drawn[place]);
   }
   drawLegend();
   drawPanel();
