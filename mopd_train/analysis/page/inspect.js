@@ -19,7 +19,7 @@ const MEASURES = {
 };
 
 const ORDERS = {
-  file: ["order of the file", null],
+  file: ["as in the file", null],
   divergence: ["divergence, high first", (rollout) => -(mean(rollout, "divergence", state.context) ?? -Infinity)],
   less: ["log-ratio, low first", (rollout) => mean(rollout, "ratio", state.context) ?? Infinity],
   more: ["log-ratio, high first", (rollout) => -(mean(rollout, "ratio", state.context) ?? -Infinity)],
