@@ -107,9 +107,7 @@ def averages(rows: Iterable[dict[str, float | None]]) -> dict[str, Any]:
 
 def measures(results: list[dict[str, Any]]) -> list[str]:
     """Names of what was measured; pass@1 and the largest pass@k stand for the curve."""
-    names = [
-        name for name in dict.fromkeys(n for row in results for n in row) if isinstance(results[0].get(name), dict)
-    ]
+    names = list(dict.fromkeys(name for row in results for name, value in row.items() if isinstance(value, dict)))
     curve = [name for name in names if name.startswith("pass@")]
     return [name for name in names if name not in curve[1:-1]]
 
@@ -143,8 +141,12 @@ def plot_diversity(results: list[dict[str, Any]], path: Path) -> None:
     series = {
         name: [row for row in results if row["series"] == name] for name in dict.fromkeys(r["series"] for r in results)
     }
-    figure = Figure(figsize=(3.4 * (len(names) + 1), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(names) + 1)
+    height = -(-(len(names) + 1) // 3)
+    figure = Figure(figsize=(10, 3 * height), layout="constrained")
+    grid = figure.subplots(height, 3).flatten()
+    panels = grid[: len(names) + 1]
+    for unused in grid[len(panels) :]:
+        unused.remove()
     for axes, name in zip(panels, names, strict=False):
         for color, rows in zip(_colors(series), series.values(), strict=True):
             _curve(axes, [row["label"] for row in rows], [row[name] for row in rows], color)
@@ -156,9 +158,9 @@ def plot_diversity(results: list[dict[str, Any]], path: Path) -> None:
             ks = sorted(int(name.removeprefix("pass@")) for name in row if name.startswith("pass@"))
             text = f"{short[label]} {row['label']}"
             _curve(curve, ks, [row[f"pass@{k}"] for k in ks], color, style, text)
-    curve.set(title="pass@k", xlabel="k", ylim=(0, 1))
+    curve.set(title="pass@k (dashed: first point)", xlabel="k", ylim=(0, 1))
     if curve.lines:
-        curve.legend(fontsize="small")
+        curve.legend(fontsize="x-small", loc="lower right")
     for axes in panels:
         axes.grid(alpha=0.3)
     staging = path.with_suffix(".tmp.png")
