@@ -11,7 +11,7 @@ from mopd_train.analysis.inspect_report import report_data
 from mopd_train.config import Config
 from mopd_train.files import write_json, write_jsonl
 from tests.train.browser import start_browser
-from tests.train.test_inspect_page import HOSTILE
+from tests.train.inspected import HOSTILE
 
 
 @pytest.fixture(scope="module")
