@@ -1,4 +1,4 @@
-"""The command line: mopd train | eval | analyze | diversity.
+"""The command line: mopd train | eval | analyze | diversity | inspect | report.
 
 Settings come from defaults, then --config FILE (YAML), then --section.key value.
 """
@@ -31,6 +31,14 @@ EXAMPLES = {
   mopd diversity runs/a
   mopd diversity runs/a runs/b --points 6 --output diversity/ab
   mopd diversity runs/a/completions-before.jsonl runs/a/completions-after.jsonl --code""",
+    "inspect": """examples:
+  mopd inspect --config runs/a/run.json --model.model_name_or_path runs/a/checkpoint-20 \\
+      --rollouts runs/a/completions/step-000020.jsonl --output page.html
+  mopd inspect --rollouts eval/completions.jsonl --contexts none 1s 2s 2s1f --only-mixed
+  mopd inspect --rollouts runs/a --groups 3 17 --top 10""",
+    "report": """examples:
+  mopd report runs/a
+  mopd report runs/a --output a.html --steps 12 --groups 4""",
 }
 
 
@@ -68,6 +76,16 @@ def build_parser() -> Any:
     )
     _diversity_arguments(diversity)
     commands.add_subcommand("diversity", diversity, help="self-BLEU, distinct-n, unique ratio, pass@k curves")
+    inspection = command("inspect", "A page of rollout groups, token by token, as the teacher sees them.")
+    _inspect_arguments(inspection)
+    commands.add_subcommand("inspect", inspection, help="HTML page of rollout groups, token by token")
+    page = ArgumentParser(
+        description="A page of a run: curves, time, scores, sampled groups.",
+        epilog=EXAMPLES["report"],
+        formatter_class=HelpFormatter,
+    )
+    _report_arguments(page)
+    commands.add_subcommand("report", page, help="HTML page of a run: curves, time, scores, samples")
     return parser
 
 
@@ -95,6 +113,32 @@ def _diversity_arguments(parser: Any) -> None:
     add("--skip-bad-lines", action="store_true", help="drop lines that are no rollouts instead of stopping at them")
 
 
+def _inspect_arguments(parser: Any) -> None:
+    add = parser.add_argument
+    add("--rollouts", nargs="+", type=str, required=True, help="completions files (jsonl), or folders of runs or evals")
+    add("--output", type=str, default="inspect.html", help="the page")
+    add(
+        "--contexts",
+        nargs="+",
+        type=str,
+        default=["none", "2s", "2s1f"],
+        help="what the teacher reads; each is scored, beside context.context",
+    )
+    add("--groups", nargs="+", type=int, default=[], help="groups to show, numbered from 1; none: the first max-groups")
+    add("--max-groups", type=int, default=8, help="groups on the page where none are named")
+    add("--only-mixed", action="store_true", help="skip groups in which all rollouts succeed, or none does")
+    add("--top", type=int, default=5, help="likeliest tokens kept of the student and of every context")
+    add("--skip-bad-lines", action="store_true", help="drop lines that are no rollouts instead of stopping at them")
+    add("--other-model", action="store_true", help="accept rollouts that another architecture sampled")
+
+
+def _report_arguments(parser: Any) -> None:
+    parser.add_argument("run", type=str, help="output folder of mopd train")
+    parser.add_argument("--output", type=str, default=None, help="the page; null: report.html in that folder")
+    parser.add_argument("--steps", type=int, default=8, help="steps of which samples are shown, evenly spaced")
+    parser.add_argument("--groups", type=int, default=3, help="groups shown of each of those steps")
+
+
 def main(arguments: list[str] | None = None) -> None:
     # Idle OpenMP threads that spin make small products many times slower on busy machines.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -104,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     try:
-        _run(parser.instantiate_classes(parsed))
+        _run(parser.instantiate(parsed))
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
         if os.environ.get("MOPD_DEBUG"):
             raise
@@ -120,6 +164,10 @@ def _run(parsed: Any) -> None:
         from .analysis.diversity_command import DiversityOptions, diversity_command
 
         diversity_command(DiversityOptions(**{name: options[name] for name in DiversityOptions.__dataclass_fields__}))
+    if parsed.subcommand == "report":
+        from .analysis.inspect_report import report_command
+
+        report_command(Path(options.run), options.output and Path(options.output), options.steps, options.groups)
         return
     config = Config(**{name: options[name] for name in Config.__dataclass_fields__})
     if parsed.subcommand == "train":
@@ -130,6 +178,10 @@ def _run(parsed: Any) -> None:
         from .analysis.command import AnalyzeOptions, analyze_command
 
         analyze_command(config, AnalyzeOptions(**{name: options[name] for name in AnalyzeOptions.__dataclass_fields__}))
+    elif parsed.subcommand == "inspect":
+        from .analysis.inspect import InspectOptions, inspect_command
+
+        inspect_command(config, InspectOptions(**{name: options[name] for name in InspectOptions.__dataclass_fields__}))
     else:
         from .evaluate import evaluate_command
 
