@@ -33,7 +33,7 @@ class Example:
 def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[str, float]:
     """Accumulate the loss of all examples over one global token count; one optimizer and teacher step."""
     settings, ranks = run.config.training, run.ranks
-    tokens = int(ranks.totals({"tokens": sum(len(example.rollout.token_ids) for example in examples)})["tokens"])
+    tokens = round(ranks.totals({"tokens": sum(len(example.rollout.token_ids) for example in examples)})["tokens"])
     metrics: dict[str, float] = {"num_tokens": tokens, "learning_rate": run.scheduler.get_last_lr()[0]}
     if tokens == 0:
         return metrics | {"loss": 0.0, "grad_norm": 0.0}
