@@ -59,8 +59,8 @@ def assert_same_bits(ours: Path, theirs: Path) -> None:
 
 
 def test_killed_at_random_moments_and_resumed_the_run_is_bitwise_the_same(warm, halting_model, straight, tmp_path):
-    """Half of the kills come at a drawn file operation, so also in the midst of a save; half at a drawn time. A run that
-    gets to its end first is compared and begun anew, until all kills are dealt."""
+    """Half of the kills come at a drawn file operation, so also in the midst of a save; half at a drawn time. A run
+    that gets to its end first is compared and begun anew, until all kills are dealt."""
     folder, rows = tmp_path / "run", write_rows(tmp_path)
     draw, killed = random.Random(20260512), 0
     command = line(halting_model, folder, rows, *LATEST)
