@@ -60,17 +60,17 @@ def claim(folder: Path, config: Config, resuming: bool) -> None:
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    started = _flat(before)
-    for key, value in _flat(now).items():
+    started = flat(before)
+    for key, value in flat(now).items():
         if started.get(key) != value and key.rsplit(".", 1)[-1] not in MAY_CHANGE:
             logger.warning("resuming with %s=%r, the run began with %r", key, value, started.get(key))
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
+def flat(config: dict[str, Any]) -> dict[str, Any]:
     """section.key: value; settings without a section as they are."""
-    flat = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
     sections = {key: value for key, value in config.items() if isinstance(value, dict)}
-    return flat | {f"{section}.{key}": value for section, fields in sections.items() for key, value in fields.items()}
+    return plain | {f"{section}.{key}": value for section, fields in sections.items() for key, value in fields.items()}
 
 
 class MetricsFile:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..config import Config
 from ..files import read_json, read_jsonl, replacing
-from ..rundir import METRICS, RUN
+from ..rundir import METRICS, RUN, flat
 from ..tasks import as_messages
 from .inspect_page import as_text, render, shortened, turns, verdict
 
@@ -90,11 +90,10 @@ def _evaluations(run: Path, last: int) -> list[dict[str, Any]]:
 
 def _settings(config: dict[str, Any]) -> list[list[Any]]:
     """[section.key, value, whether it is today's default]"""
-    defaults = Config().as_dict()
+    defaults = flat(Config().as_dict())
     return [
-        [f"{section}.{key}", json.dumps(value, ensure_ascii=False), defaults.get(section, {}).get(key) == value]
-        for section, fields in config.items()
-        for key, value in fields.items()
+        [key, json.dumps(value, ensure_ascii=False), key in defaults and defaults[key] == value]
+        for key, value in flat(config).items()
     ]
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from mopd_train.config import Config, DataConfig, SandboxConfig
 from mopd_train.data import build_prompts, split_rows
+from mopd_train.files import write_jsonl
 from mopd_train.sandbox import Sandbox, SandboxUnavailable
 from mopd_train.tasks import TASKS, code, find_task, functions
 from mopd_train.tasks.code import extract_code
@@ -212,13 +213,14 @@ def test_apps_rows(box):
     assert scores(box, read, "print(int(input()) + int(input()))", "print(1)") == [1, 0]
 
 
-def test_rows_that_cannot_be_judged_are_refused(tokenizer):
+def test_rows_that_cannot_be_judged_are_refused(tmp_path):
     for row, message in (
-        ({"prompt": "q"}, r"row 0 cannot be read by task 'code': a code row needs tests"),
+        ({"prompt": "q"}, r"mine.jsonl:1 .*: a code row needs tests"),
         ({"prompt": "q", "tests": [{"input": "1"}]}, r"expected tests of the form .* got \{'input': '1'\}"),
     ):
+        write_jsonl(tmp_path / "mine.jsonl", [row])
         with pytest.raises(ValueError, match=message):
-            build_prompts([row], TASKS["code"], DataConfig(task="code"), tokenizer, "mine.jsonl")
+            split_rows(DataConfig(task="code", train_dataset=str(tmp_path / "mine.jsonl")), TASKS["code"])
 
 
 def test_equal_code_runs_once(box, monkeypatch):

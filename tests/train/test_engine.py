@@ -14,6 +14,7 @@ from mopd_kernels import LMHead
 from mopd_train import adapters, checkpoint, engine, setup, trackers, train
 from mopd_train.config import Config, TrainingConfig, validate
 from mopd_train.models import load_model
+from mopd_train.objectives import settle
 from mopd_train.scoring import completion_hidden
 from tests.train.test_evaluate import write_rows
 
@@ -187,7 +188,7 @@ def test_settings_that_cannot_work_are_refused(monkeypatch):
     config.distillation.teacher_regularization = "frozen"
     config.distillation.teacher_model_name_or_path = "some/model"
     with pytest.raises(ValueError, match=r"model\.use_peft takes the model itself as teacher"):
-        validate(config)
+        settle(config)
     config = Config()
     config.training.hub_model_id = "me/mine"
     with pytest.raises(ValueError, match=r"is only read with training\.push_to_hub true"):
