@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Config, validate
 from .data import build_prompts, split_rows
+from .engines import Engine, build_engine, check_engine
 from .files import write_json, write_jsonl
 from .models import load_model, load_tokenizer, stop_token_ids
-from .rollout import Group, Prompt, generate
+from .rollout import Group, Prompt
 from .sampler import Sampling
 from .tasks import Task, find_task
 from .verify import judge
@@ -49,8 +49,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    stop_ids: list[int],
     prompts: list[Prompt],
     task: Task,
     config: Config,
@@ -65,8 +65,7 @@ def evaluate(
         settings.top_p,
         config.rollout.generation_batch_size,
     )
-    stops = stop_token_ids(model, tokenizer)
-    groups = generate(model, tokenizer, prompts[: settings.num_prompts], sampling, stops, settings.seed)
+    groups = engine.generate(prompts[: settings.num_prompts], sampling, stop_ids, settings.seed)
     judge(groups, task.reward, config.data.task)
     if completions_path is not None:
         write_jsonl(completions_path, [completion_record(group, i) for group in groups for i in range(settings.k)])
@@ -108,6 +107,7 @@ def completion_record(group: Group, index: int) -> dict[str, Any]:
 def evaluate_command(config: Config, output: Path) -> Scores:
     """`mopd eval`: load, evaluate, print a table, write scores.json and completions.jsonl."""
     validate(config)
+    check_engine(config)
     task = find_task(config.data.task)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     _, rows = split_rows(config.data, task)
@@ -116,7 +116,9 @@ def evaluate_command(config: Config, output: Path) -> Scores:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(config.model.model_name_or_path, config.model.dtype, config.model.attn_implementation, device)
-    result = evaluate(model, tokenizer, prompts, task, config, output / "completions.jsonl")
+    engine = build_engine(config, model, tokenizer)
+    engine.update_weights(model)
+    result = evaluate(engine, stop_token_ids(model, tokenizer), prompts, task, config, output / "completions.jsonl")
     record = {"model": config.model.model_name_or_path, "task": config.data.task, **result.as_dict()}
     write_json(output / "scores.json", record)
     table = Table(title=f"{config.model.model_name_or_path} on {config.data.task}")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mopd_kernels import LMHead
 
 from .contexts import TeacherPrompt
-from .metrics import Clock, check_finite
+from .metrics import Clock, check_finite, logprob_gap
 from .objectives import METHODS, TokenBatch
 from .rollout import Group, Rollout
 from .scoring import completion_hidden
@@ -64,6 +64,8 @@ def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[st
         sums["tokens/student_computed"] += student_tokens
         sums["tokens/teacher_total"] += sum(len(e.teacher_prompt_ids) + len(e.rollout.token_ids) for e in batch)
         sums["tokens/student_total"] += sum(len(e.prompt_ids) + len(e.rollout.token_ids) for e in batch)
+        if batch[0].rollout.logprobs is not None:
+            sums["rollout/logprob_gap"] += logprob_gap([e.rollout for e in batch], result.student_logprobs) / tokens
         sums["top1_agreement"] += float(result.top1_agreement.sum()) / tokens
     with clock("optimizer"):
         norm = float(run.accelerator.clip_grad_norm_(run.student.parameters(), settings.max_grad_norm))

@@ -56,6 +56,13 @@ def check_finite(per_token: torch.Tensor, rollouts: list[Rollout], step: int, ra
         )
 
 
+def logprob_gap(rollouts: list[Rollout], ours: torch.Tensor) -> float:
+    """Sum over tokens of |engine's log-prob - ours (N,)|: float rounding, unless the engine's weights are stale or
+    top_p < 1, whose nucleus only the engine renormalises over."""
+    theirs = torch.tensor([value for rollout in rollouts for value in rollout.logprobs or []], device=ours.device)
+    return float((theirs - ours.detach()).abs().sum())
+
+
 class Clock:
     """Seconds by phase of a step."""
 

@@ -33,6 +33,7 @@ class Rollout:
     finished: bool
     reward: float | None = None  # None: the verifier gave no verdict
     feedback: str | None = None
+    logprobs: list[float] | None = None  # of token_ids, under the distribution they were drawn from; None: the student's
 
     def succeeded(self, threshold: float) -> bool:
         return self.reward is not None and self.reward >= threshold
@@ -61,10 +62,13 @@ def generate(
     token_ids = [prompt.token_ids for prompt in prompts]
     completions = sample(model, token_ids, sampling, stop_ids, int(tokenizer.pad_token_id), seed)
     return [
-        Group(prompt, [_rollout(ids, tokenizer, stop_ids) for ids in group])
+        Group(prompt, [to_rollout(ids, tokenizer, stop_ids) for ids in group])
         for prompt, group in zip(prompts, completions, strict=True)
     ]
 
 
-def _rollout(ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> Rollout:
-    return Rollout(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), finished=ids[-1] in stop_ids)
+def to_rollout(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], logprobs: list[float] | None = None
+) -> Rollout:
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return Rollout(ids, text, finished=ids[-1] in stop_ids, logprobs=logprobs)

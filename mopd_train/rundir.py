@@ -24,6 +24,11 @@ MAY_CHANGE = {
     "overwrite_output_dir",
     "report_to",
     "output_dir",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_gpu_memory_utilization",
+    "vllm_weights_dir",
 }
 
 

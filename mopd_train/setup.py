@@ -16,6 +16,7 @@ from mopd_kernels import LMHead
 from . import checkpoint
 from .config import Config, validate
 from .data import build_prompts, split_rows
+from .engines import Engine, build_engine, check_engine
 from .models import load_model, load_tokenizer
 from .rollout import Prompt
 from .rundir import check, claim
@@ -34,6 +35,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     student: PreTrainedModel
     teacher: PreTrainedModel
+    engine: Engine
     optimizer: Any
     scheduler: Any
     train_prompts: list[Prompt]
@@ -56,6 +58,7 @@ def set_up(config: Config) -> Run:
         eval_prompts = build_prompts(eval_rows, task, config.data, tokenizer, config.data.eval_dataset or train_source)
     resuming = settings.resume_from_checkpoint is not None
     folder = check(config, resuming)
+    check_engine(config)
 
     accelerator = Accelerator(
         log_with=settings.report_to or None,
@@ -71,6 +74,7 @@ def set_up(config: Config) -> Run:
     if config.model.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     teacher = build_teacher(config.distillation, config.model, student, tokenizer)
+    engine = build_engine(config, student, tokenizer)  # vLLM seeds torch anew: before states are loaded
     optimizer = torch.optim.AdamW(
         student.parameters(),
         lr=settings.learning_rate,
@@ -91,7 +95,7 @@ def set_up(config: Config) -> Run:
     claim(folder, config, resuming)
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
     return Run(
-        config, folder, accelerator, task, tokenizer, student, teacher, optimizer, scheduler,
+        config, folder, accelerator, task, tokenizer, student, teacher, engine, optimizer, scheduler,
         train_prompts, eval_prompts, first_step,
     )  # fmt: skip
 

@@ -22,7 +22,6 @@ from .files import read_json, read_jsonl, write_json, write_jsonl
 from .learn import learn, to_examples
 from .metrics import Clock, group_metrics
 from .models import stop_token_ids
-from .rollout import generate
 from .rundir import METRICS, MetricsFile
 from .sampler import Sampling
 from .setup import Run, moves, set_up
@@ -61,6 +60,8 @@ def train(config: Config) -> Path:
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One batch of rollouts, one optimizer step."""
     config, clock = run.config, Clock()
+    with clock("weights"):
+        run.engine.update_weights(run.student)
     with clock("rollout"):
         prompts = step_prompts(run.train_prompts, step - 1, config.rollout.num_prompts, config.training.seed)
         sampling = Sampling(
@@ -71,7 +72,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             config.rollout.generation_batch_size,
         )
         stops = stop_token_ids(run.student, run.tokenizer)
-        groups = generate(run.student, run.tokenizer, prompts, sampling, stops, seed_of(run, step))
+        groups = run.engine.generate(prompts, sampling, stops, seed_of(run, step))
     with clock("verify"):
         judge(groups, run.task.reward, config.data.task)
     write_jsonl(
@@ -105,7 +106,9 @@ def held_out_scores(run: Run, name: str) -> Scores | None:
         return None
     with console.status(f"evaluating {name} training"):
         path = run.folder / f"completions-{name}.jsonl"
-        scores = evaluate(run.student, run.tokenizer, run.eval_prompts, run.task, run.config, path)
+        run.engine.update_weights(run.student)
+        stops = stop_token_ids(run.student, run.tokenizer)
+        scores = evaluate(run.engine, stops, run.eval_prompts, run.task, run.config, path)
     write_json(run.folder / f"evaluation-{name}.json", asdict(scores))
     return scores
 
