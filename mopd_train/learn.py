@@ -64,7 +64,7 @@ def learn(run: Run, step: int, examples: list[Example], clock: Clock) -> dict[st
         sums["tokens/student_computed"] += student_tokens
         sums["tokens/teacher_total"] += sum(len(e.teacher_prompt_ids) + len(e.rollout.token_ids) for e in batch)
         sums["tokens/student_total"] += sum(len(e.prompt_ids) + len(e.rollout.token_ids) for e in batch)
-        if batch[0].rollout.logprobs is not None:
+        if batch[0].rollout.logprobs is not None and result.student_logprobs is not None:
             sums["rollout/logprob_gap"] += logprob_gap([e.rollout for e in batch], result.student_logprobs) / tokens
         sums["top1_agreement"] += float(result.top1_agreement.sum()) / tokens
     with clock("optimizer"):

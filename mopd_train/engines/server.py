@@ -79,7 +79,9 @@ class Server:
             said = error.read().decode(errors="replace")
             if error.code == 404:
                 raise LookupError(f"{path}: {said:.300}") from error
-            raise RuntimeError(f"vLLM server at {self.address} answered {error.code} to {path}: {said:.1000}") from error
+            raise RuntimeError(
+                f"vLLM server at {self.address} answered {error.code} to {path}: {said:.1000}"
+            ) from error
         except (OSError, urllib.error.URLError) as error:
             raise ConnectionError(
                 f"lost the vLLM server at {self.address} during {path} ({error}): see its log, start it again with "

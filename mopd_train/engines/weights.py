@@ -41,7 +41,9 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def _merged(layer: Any, weight: Tensor, path: str) -> Tensor:
     for adapter in layer.active_adapters:
         if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-            raise ValueError(f"adapter {adapter!r} of {path} is not plain LoRA (DoRA, bias, ...): vLLM gets W + BA only")
+            raise ValueError(
+                f"adapter {adapter!r} of {path} is not plain LoRA (DoRA, bias, ...): vLLM gets W + BA only"
+            )
         weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
     return weight
 
