@@ -61,7 +61,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     """One batch of rollouts, one optimizer step."""
     config, clock = run.config, Clock()
     with clock("weights"):
-        run.engine.update_weights(run.student)
+        run.engine.update_weights(run.accelerator.unwrap_model(run.student))
     with clock("rollout"):
         prompts = step_prompts(run.train_prompts, step - 1, config.rollout.num_prompts, config.training.seed)
         sampling = Sampling(
@@ -106,7 +106,7 @@ def held_out_scores(run: Run, name: str) -> Scores | None:
         return None
     with console.status(f"evaluating {name} training"):
         path = run.folder / f"completions-{name}.jsonl"
-        run.engine.update_weights(run.student)
+        run.engine.update_weights(run.accelerator.unwrap_model(run.student))
         stops = stop_token_ids(run.student, run.tokenizer)
         scores = evaluate(run.engine, stops, run.eval_prompts, run.task, run.config, path)
     write_json(run.folder / f"evaluation-{name}.json", asdict(scores))

@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config
@@ -61,6 +62,8 @@ class ColocatedEngine:
             dtype=config.model.dtype,
             max_model_len=config.data.max_prompt_length + config.rollout.max_completion_length,
             gpu_memory_utilization=config.rollout.vllm_gpu_memory_utilization,
+            # Launched as several processes: an engine in each, on the device of its LOCAL_RANK rather than the first.
+            distributed_executor_backend="external_launcher" if dist.is_initialized() else None,
             enforce_eager=device.type == "cpu",
             logprobs_mode="processed_logprobs",
             seed=config.training.seed,

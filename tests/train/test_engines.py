@@ -270,25 +270,23 @@ def test_request_outputs_become_rollouts(tokenizer):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft of transformers
 def test_lora_weights_are_merged_without_touching_the_base(model):
+    """W + (alpha / r) B A for adapted layers, the trained copy for whole modules, the rest as it is."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lora = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"])
+    adapted = peft.get_peft_model(model, lora)
     torch.manual_seed(0)
-    factors = {}
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter)
-            factors[name.removeprefix("base_model.model.")] = parameter.detach()
-    merged = dict(weights.named_weights(adapted))
-    assert merged.keys() == before.keys()
-    for name, tensor in before.items():
-        expected, stem = tensor, name.removesuffix("weight")
-        if f"{stem}lora_A.default.weight" in factors:
-            expected = tensor + 3.0 * factors[f"{stem}lora_B.default.weight"] @ factors[f"{stem}lora_A.default.weight"]
-        torch.testing.assert_close(merged[name], expected)
-    assert sum(not torch.equal(merged[name], before[name]) for name in before) == 4
-    plain = adapted.unload()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
+    trained = {name: torch.nn.init.normal_(p).detach() for name, p in adapted.named_parameters() if p.requires_grad}
+    for name in expected:
+        stem = "base_model.model." + name.removesuffix("weight")
+        if f"{stem}lora_A.default.weight" in trained:
+            factors = trained[f"{stem}lora_B.default.weight"], trained[f"{stem}lora_A.default.weight"]
+            expected[name] = expected[name] + 3.0 * factors[0] @ factors[1]
+        expected[name] = trained.get(f"{stem}modules_to_save.default.weight", expected[name])
+    kept = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    assert len(trained) == 2 * 2 * 2 + 5  # factors of two projections in two layers; five norms
+    torch.testing.assert_close(dict(weights.named_weights(adapted)), expected)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in adapted.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft of transformers

@@ -111,3 +111,10 @@ def largest_gap(model, groups, warp=lambda logits: logits) -> float:
         for r in group.rollouts
     ]
     return float(max(gaps))
+
+
+@torch.no_grad()
+def disturb(parameters, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02 * parameter.std())

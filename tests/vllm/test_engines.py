@@ -14,7 +14,7 @@ from mopd_train.contexts import encode_prompt
 from mopd_train.rollout import Prompt
 from mopd_train.sampler import Sampling
 from mopd_train.train import train_step
-from tests.vllm.conftest import largest_gap
+from tests.vllm.conftest import disturb, largest_gap
 
 pytestmark = pytest.mark.vllm
 TOLERANCE, STALE = 1e-3, 0.05
@@ -26,13 +26,6 @@ def prompts(tokenizer):
     texts = ["What is 7 * 8? Answer with just the number.", "Name three rivers of Europe."]
     messages = [[{"role": "user", "content": text}] for text in texts]
     return [Prompt(one, encode_prompt(one, tokenizer, {}), {}) for one in messages]
-
-
-@torch.no_grad()
-def disturb(parameters, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in parameters:
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02 * parameter.std())
 
 
 def test_logprobs_follow_the_student_through_two_pushes(engine, student, prompts):
