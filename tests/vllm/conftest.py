@@ -29,7 +29,9 @@ def model_folder(tmp_path_factory) -> Path:
     for path in embedded_model().iterdir():
         if path.name != "generation_config.json":
             (folder / path.name).symlink_to(path)
-    write_json(folder / "generation_config.json", {"eos_token_id": 2, "top_k": 1, "repetition_penalty": 1.5})
+    write_json(
+        folder / "generation_config.json", {"eos_token_id": 2, "do_sample": True, "top_k": 1, "repetition_penalty": 1.5}
+    )
     return folder
 
 
