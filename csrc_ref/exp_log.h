@@ -1,5 +1,5 @@
-// exp and log of vectors. float: polynomials, at most 1 ulp for exp over all normal results and 2 ulp for log;
-// double: libm by lane, since double only checks float.
+// exp, expm1, log and log1p of vectors. float: polynomials, at most 1 ulp for exp over all normal results and 2 ulp for
+// log; double: libm by lane, since double only checks float.
 #pragma once
 
 #include <cmath>
@@ -23,25 +23,45 @@ V scale(V y, V n) {
     return y * power(half) * power(integer - half);
 }
 
+// n and e^r - 1 of x = n ln 2 + r, |r| <= ln 2 / 2, for x in [-106, 89].
+//   e^r = 1 + r + r^2 Q(r), Q minimax of degree 4 (relative error 3e-9)
+template <class V>
+V reduced_expm1(V x, V& n) {
+    const V shift(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    n = (x * V(1.44269504f) + shift) - shift;
+    V r = x - n * V(0.693359375f);  // 9 bits of ln 2: the product is exact
+    r = r - n * V(-2.12194440e-4f);
+    V q(1.381453942e-03f);
+    q = q * r + V(8.368745446e-03f);
+    q = q * r + V(4.166838899e-02f);
+    q = q * r + V(1.666652113e-01f);
+    q = q * r + V(4.999999404e-01f);
+    return q * r * r + r;
+}
+
 // e^x; 0 at and below -106, inf above 88.73, NaN for NaN.
-//   x = n ln 2 + r, |r| <= ln 2 / 2;  e^r = 1 + r + r^2 Q(r), Q minimax of degree 4 (relative error 3e-9)
 template <class V>
 V exp(V x) {
     if constexpr (is_float<V>) {
-        x = min(V(89.0f), max(V(-106.0f), x));
-        const V shift(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-        V n = (x * V(1.44269504f) + shift) - shift;
-        V r = x - n * V(0.693359375f);  // 9 bits of ln 2: the product is exact
-        r = r - n * V(-2.12194440e-4f);
-        V q(1.381453942e-03f);
-        q = q * r + V(8.368745446e-03f);
-        q = q * r + V(4.166838899e-02f);
-        q = q * r + V(1.666652113e-01f);
-        q = q * r + V(4.999999404e-01f);
-        V y = (q * r * r + r) + V(1.0f);
-        return scale(y, n);
+        V n, y = reduced_expm1(min(V(89.0f), max(V(-106.0f), x)), n);
+        return scale(y + V(1.0f), n);
     } else {
         for (int i = 0; i < V::N; ++i) x.r[i] = std::exp(x.r[i]);
+        return x;
+    }
+}
+
+// e^x - 1 for x <= 0, in full relative precision near 0, and e^x as `power`; NaN for NaN.
+//   2^n e^r - 1 = 2^n (e^r - 1) + (2^n - 1)
+template <class V>
+V expm1(V x, V& power) {
+    if constexpr (is_float<V>) {
+        V n, y = reduced_expm1(max(V(-106.0f), x), n);
+        power = scale(y + V(1.0f), n);
+        return scale(y, n) + (scale(V(1.0f), n) - V(1.0f));
+    } else {
+        power = exp(x);
+        for (int i = 0; i < V::N; ++i) x.r[i] = std::expm1(x.r[i]);
         return x;
     }
 }
@@ -73,6 +93,15 @@ V log(V x) {
         for (int i = 0; i < V::N; ++i) x.r[i] = std::log(x.r[i]);
         return x;
     }
+}
+
+// log(1 + x) for -1 <= x <= 0, in full relative precision near 0; about log 1e-38 at -1; NaN for NaN.
+//   log(1 + x) = log w + (x - (w - 1)) / w, w = 1 + x rounded
+template <class V>
+V log1p(V x) {
+    using T = typename V::T;
+    V w = max(V(T(1.17549435e-38)), V(T(1)) + x);
+    return log(w) + (x - (w - V(T(1)))) / w;
 }
 
 }  // namespace

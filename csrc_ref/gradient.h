@@ -14,22 +14,38 @@ V cap_slope(V z, typename V::T cap) {
     return V(typename V::T(1)) - ratio * ratio;
 }
 
-// log((1 - alpha) q + alpha p), bounded below where both are smaller than any normal number: their terms are 0.
+// q, p, log(q / m) and log(p / m) with m = (1 - alpha) q + alpha p; the ratios are exactly 0 where q = p.
+//   with d = log p - log q:  log(q / m) = -log1p(alpha expm1(d)),  log(p / m) = -log1p((1 - alpha) expm1(-d));
+// the one with the negative exponent is computed, the other differs from it by d.
 template <class V>
-V log_mixture(V q, V p, typename V::T alpha) {
-    using T = typename V::T;
-    return log(max(V(T(1.17549435e-38)), V(T(1) - alpha) * q + V(alpha) * p));
-}
+struct Mixture {
+    V q, p, student, teacher;
+
+    Mixture(V log_q, V log_p, typename V::T alpha) {
+        using T = typename V::T;
+        const V zero(T(0));
+        V d = select(log_q == log_p, zero, log_p - log_q);  // also where both are -inf
+        auto student_larger = d <= zero;
+        V share = select(student_larger, V(alpha), V(T(1) - alpha));
+        V quotient, less = expm1(zero - abs(d), quotient);
+        V larger = exp(select(student_larger, log_q, log_p)), smaller = larger * quotient;
+        V ratio = zero - log1p(share * less);
+        q = select(student_larger, larger, smaller);
+        p = select(student_larger, smaller, larger);
+        student = select(student_larger, ratio, ratio - d);
+        teacher = select(student_larger, ratio + d, ratio);
+    }
+};
 
 // Before token weight and cap. forward: q - p;  reverse: q (log q - log p - R);
 // mixture: (1 - alpha) q (log q - log m - KL(q||M))
 template <class V, Loss loss>
 V divergence_entry(V log_q, V log_p, V student_kl, typename V::T alpha) {
     using T = typename V::T;
-    V q = exp(log_q);
-    if constexpr (loss == Loss::forward) return q - exp(log_p);
-    if constexpr (loss == Loss::reverse) return expected(q, log_q - log_p - student_kl);
-    return V(T(1) - alpha) * expected(q, log_q - log_mixture(q, exp(log_p), alpha) - student_kl);
+    if constexpr (loss == Loss::forward) return exp(log_q) - exp(log_p);
+    if constexpr (loss == Loss::reverse) return expected(exp(log_q), log_q - log_p - student_kl);
+    Mixture<V> mixture(log_q, log_p, alpha);
+    return V(T(1) - alpha) * expected(mixture.q, mixture.student - student_kl);
 }
 
 // keep(row, first token, lanes, mask of entries with |g| > filter, gradient with token weight and cap)

@@ -20,9 +20,9 @@ void mixture_slice(Plane<const typename V::T> z_s, Plane<const typename V::T> z_
             for (std::int64_t v = first; v < last; ++v) {
                 V log_q = lanes.load(z_s.data + v * z_s.stride + i) - shift_s;
                 V log_p = lanes.load(z_t.data + v * z_t.stride + i) - shift_t;
-                V q = exp(log_q), p = exp(log_p), log_m = log_mixture(q, p, alpha);
-                student = student + expected(q, log_q - log_m);
-                teacher = teacher + expected(p, log_p - log_m);
+                Mixture<V> mixture(log_q, log_p, alpha);
+                student = student + expected(mixture.q, mixture.student);
+                teacher = teacher + expected(mixture.p, mixture.teacher);
             }
             lanes.store(sums + i, lanes.load(sums + i) + student);
             lanes.store(sums + z_s.tokens + i, lanes.load(sums + z_s.tokens + i) + teacher);

@@ -162,7 +162,7 @@ def divergence_backward(
     gradients = Gradients.empty(hidden, problem.student, needs)
     buffers = problem.buffers(1 if problem.top_k else problem.buffer_count)
     for index in chunks(problem.kept, problem.chunk):
-        chunk, z_s = saved.at(index), buffers.logits[0][: index.numel()]
+        chunk, z_s = saved.at(index), buffers.logits(0, index.numel())
         if not problem.top_k or problem.add_tail:
             buffers.project(0, problem.student, hidden[index])
         z_t = z_s if problem.top_k else _teacher_logits(problem, buffers, index, chunk.context_lse)[0]
@@ -183,7 +183,7 @@ def _teacher_logits(
     if log_weights is None:
         z_t = buffers.project(1, problem.teacher, problem.teacher_hidden[0, index])
         return z_t, z_t.new_empty(0, index.numel())
-    mixture, lses = buffers.logits[1][: index.numel()], []
+    mixture, lses = buffers.logits(1, index.numel()), []
     for context, log_weight in enumerate(log_weights[:, index]):
         z_k = buffers.project(1 if context == 0 else 2, problem.teacher, problem.teacher_hidden[context, index])
         if context_lse is None:

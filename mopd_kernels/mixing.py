@@ -33,11 +33,14 @@ def trust_region_teacher(
     student_head: LMHead,
     student_hidden: Tensor,  # (..., Hs)
     rate: float,
+    *,
+    mixed_head: LMHead | None = None,  # of an earlier call with the same heads and rate
 ) -> tuple[LMHead, Tensor]:  # a head (V, Hr + Hs) and its input (..., Hr + Hs)
     """A teacher with the logits (1 - r) z_reference + r z_student, as one head and its hidden states.
 
     Both are constants. Two heads of one weight stay one head (V, H) of mixed hidden states. The wide weight is a
-    copy: build it once for a step. Refused for heads with a softcap or of different shards.
+    copy: hand the head back as `mixed_head` while the weights stay. Refused for heads with a softcap or of
+    different shards.
     """
     for name, head in (("reference_head", reference_head), ("student_head", student_head)):
         _linear(name, head)
@@ -47,14 +50,15 @@ def trust_region_teacher(
         raise ValueError(f"expected heads of one shard, got {reference_head.shard} and {student_head.shard}")
     factors = (1 - rate) * reference_head.scale, rate * student_head.scale
     parts = factors[0] * reference_hidden.detach(), factors[1] * student_hidden.detach()
+    one_weight = reference_head.weight.data_ptr() == student_head.weight.data_ptr()
+    hidden = parts[0] + parts[1] if one_weight else torch.cat(parts, -1)
+    if mixed_head is not None:
+        return mixed_head, hidden
     sizes = [head.vocab_size or head.weight.size(0) for head in (reference_head, student_head)]
     rows = min(reference_head.weight.size(0), student_head.weight.size(0))
+    weights = [head.weight.detach()[:rows] for head in (reference_head, student_head)]
+    weight = weights[0] if one_weight else torch.cat(weights, 1)
     bias = _mixed_bias(reference_head, student_head, factors, rows)
-    if reference_head.weight.data_ptr() == student_head.weight.data_ptr():
-        weight, hidden = reference_head.weight.detach()[:rows], parts[0] + parts[1]
-    else:
-        weight = torch.cat([head.weight.detach()[:rows] for head in (reference_head, student_head)], 1)
-        hidden = torch.cat(parts, -1)
     return LMHead(weight, bias, vocab_size=min(sizes), shard=reference_head.shard), hidden
 
 

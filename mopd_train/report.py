@@ -13,6 +13,10 @@ LINE = ("loss", "reward", "frac_reward_zero_std", "entropy", "completions/mean_l
 
 
 def step_line(metrics: dict[str, Any], max_steps: int) -> str:
+    if metrics.get("skipped_steps"):
+        return (
+            f"step {metrics['step']:>4}/{max_steps}  skipped: no rollout to learn from  reward {metrics['reward']:.4g}"
+        )
     parts = [f"{name.rsplit('/', 1)[-1]} {metrics[name]:.4g}" for name in LINE if name in metrics]
     return f"step {metrics['step']:>4}/{max_steps}  " + "  ".join(parts)
 
@@ -42,7 +46,7 @@ def plot_run(rows: list[dict[str, Any]], path: Path, before: Scores | None = Non
     reward.set(xlabel="step", ylabel="reward", ylim=(0, 1))
     reward.legend(loc="lower right")
     loss.plot(steps, [row["loss"] for row in trained], color="#0072B2")
-    loss.set(xlabel="step", ylabel="divergence, nats per token", ylim=(0, None))
+    loss.set(xlabel="step", ylabel="loss")
     for axes in (reward, loss):
         axes.grid(alpha=0.3)
     staging = path.with_suffix(".tmp.png")

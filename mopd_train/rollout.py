@@ -33,9 +33,8 @@ class Rollout:
     finished: bool
     reward: float | None = None  # None: the verifier gave no verdict
     feedback: str | None = None
-    logprobs: list[float] | None = (
-        None  # of token_ids, under the distribution they were drawn from; None: the student's
-    )
+    scores: dict[str, float | None] = field(default_factory=dict)  # of each reward function, where several judge
+    logprobs: list[float] | None = None  # of each token, as the engine drew it; None: not told
 
     def succeeded(self, threshold: float) -> bool:
         return self.reward is not None and self.reward >= threshold

@@ -24,6 +24,11 @@ MAY_CHANGE = {
     "overwrite_output_dir",
     "report_to",
     "output_dir",
+    "sharding",
+    "vocab_parallel",
+    "ddp_timeout",
+    "push_to_hub",
+    "hub_model_id",
     "vllm_server_host",
     "vllm_server_port",
     "vllm_server_timeout",
@@ -35,7 +40,8 @@ MAY_CHANGE = {
 def check(config: Config, resuming: bool) -> Path:
     """The folder, untouched. FileExistsError if it holds another run and neither resuming nor overwriting."""
     folder = Path(config.training.output_dir)
-    if folder.is_dir() and any(folder.iterdir()):
+    # A run that was killed while it wrote its first file left nothing but that.
+    if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
         if not (folder / RUN).is_file():
             raise FileExistsError(f"training.output_dir={folder} is not empty and holds no run: choose another folder")
         if resuming:
@@ -53,15 +59,23 @@ def claim(folder: Path, config: Config, resuming: bool) -> None:
     if not resuming and (folder / RUN).is_file():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     write_json(folder / RUN, config.as_dict())
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for section, fields in now.items():
-        for key, value in fields.items():
-            old = before.get(section, {}).get(key)
-            if old != value and key not in MAY_CHANGE:
-                logger.warning("resuming with %s.%s=%r, the run began with %r", section, key, value, old)
+    started = _flat(before)
+    for key, value in _flat(now).items():
+        if started.get(key) != value and key.rsplit(".", 1)[-1] not in MAY_CHANGE:
+            logger.warning("resuming with %s=%r, the run began with %r", key, value, started.get(key))
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """section.key: value; settings without a section as they are."""
+    flat = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    return flat | {f"{section}.{key}": value for section, fields in sections.items() for key, value in fields.items()}
 
 
 class MetricsFile:

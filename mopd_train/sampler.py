@@ -1,6 +1,6 @@
 """Sampling G completions of each prompt: every prompt is computed once, and a finished completion costs nothing more.
 
-Legend: P prompts, G completions a prompt, R live rows, V vocabulary.
+Legend: P prompts, G completions a prompt, R live rows, T tokens of a completion at most, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,17 +43,26 @@ def sample(
 ) -> list[list[list[int]]]:
     """Token ids of G completions a prompt, each with its stop token if it came to one.
 
-    The same prompts, settings and seed give the same completions. `batch_size` bounds the live rows, rounded to
-    whole groups of G.
+    Prompt i draws from a generator of its own, seeded `seed + i`: its completions depend on neither the other prompts
+    nor the batch, so they may be cut over processes. `batch_size` bounds the live rows, rounded to whole groups of G.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
     per_batch = max(1, sampling.batch_size // sampling.num_generations)
     completions = []
     for first in range(0, len(prompts), per_batch):
         batch = prompts[first : first + per_batch]
-        rows = _sample_batch(model, batch, sampling, torch.tensor(stop_ids, device=model.device), pad_id, generator)
+        draws = _draws(sampling, range(seed + first, seed + first + len(batch))).to(model.device)
+        rows = _sample_batch(model, batch, sampling, torch.tensor(stop_ids, device=model.device), pad_id, draws)
         completions += [rows[i : i + sampling.num_generations] for i in range(0, len(rows), sampling.num_generations)]
     return completions
+
+
+def _draws(sampling: Sampling, seeds: range) -> Tensor:  # (P * G, T)
+    """Uniform numbers for every token that may be drawn, in float64: float32 cannot reach tails of a large vocabulary.
+    Made on the CPU, so that all devices draw alike."""
+    shape = (sampling.num_generations, sampling.max_completion_length)
+    return torch.cat(
+        [torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 def _sample_batch(
@@ -62,7 +71,7 @@ def _sample_batch(
     sampling: Sampling,
     stop_ids: Tensor,
     pad_id: int,
-    generator: torch.Generator,
+    draws: Tensor,  # (P * G, T)
 ) -> list[list[int]]:  # P * G
     count, warpers = sampling.num_generations, sampling.warpers()
     ids, mask = padded(prompts, pad_id, model.device, "left")
@@ -76,7 +85,7 @@ def _sample_batch(
     completions: list[list[int]] = [[] for _ in range(len(live))]
     for step in range(sampling.max_completion_length):
         scores = warpers(ids, logits.float())  # type: ignore[arg-type]
-        tokens = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]  # (R,)
+        tokens = _inverse_cdf(scores.softmax(-1), draws[live, step])
         for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
             completions[row].append(token)
         going_on = ~torch.isin(tokens, stop_ids)
@@ -89,6 +98,13 @@ def _sample_batch(
         position = position + 1
         logits = _last_logits(model, tokens[:, None], mask, position[:, None], cache)
     return completions
+
+
+def _inverse_cdf(probabilities: Tensor, draws: Tensor) -> Tensor:  # (R, V), (R,) -> (R,)
+    """The first token whose cumulative probability exceeds the draw; never one of probability 0."""
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    target = draws[:, None] * cumulative[:, -1:]  # rounding leaves the last sum beside 1
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:  # (R, V)

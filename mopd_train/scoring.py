@@ -31,7 +31,7 @@ def completion_hidden(
     if tree:
         return _packed(model, prompts, completions, None if torch.is_grad_enabled() else max_pack_tokens)
     ids, mask = padded([p + c for p, c in zip(prompts, completions, strict=True)], pad_id, model.device, "right")
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     rows = [
         row * ids.size(1) + len(prompt) - 1 + offset
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mopd_kernels import LMHead
 
-from . import checkpoint
+from . import adapters, checkpoint, fsdp, trackers
 from .config import Config, validate
 from .data import build_prompts, split_rows
-from .engines import Engine, build_engine, check_engine
-from .models import load_model, load_tokenizer
+from .distributed import Ranks
+from .engine import Engine, enable_checkpointing
+from .models import check_vocabulary, empty_model, load_model, load_tokenizer
+from .objectives import settle
+from .rewards import task_of
 from .rollout import Prompt
+from .rollout_engines import RolloutEngine, build_rollout_engine, check_rollout_engine
 from .rundir import check, claim
-from .tasks import Task, find_task
-from .teacher import build_teacher
+from .tasks import RewardFunction, Task
+from .teacher import build_teacher, moves
 
 
 @dataclass
@@ -31,11 +38,13 @@ class Run:
     config: Config
     folder: Path
     accelerator: Accelerator
+    ranks: Ranks
+    engine: Engine
+    rollouts: RolloutEngine
     task: Task
     tokenizer: PreTrainedTokenizerBase
     student: PreTrainedModel
-    teacher: PreTrainedModel
-    engine: Engine
+    teacher: PreTrainedModel | None  # of the methods that score with a second model
     optimizer: Any
     scheduler: Any
     train_prompts: list[Prompt]
@@ -43,12 +52,13 @@ class Run:
     first_step: int
 
 
-def set_up(config: Config) -> Run:
+def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -> Run:
     """Every check that can be made before work begins is made here."""
     validate(config)
-    task = find_task(config.data.task)
+    config = settle(config)
+    task = task_of(config, reward_fns)
     settings = config.training
-    resume = checkpoint.find_resume(settings.resume_from_checkpoint, Path(settings.output_dir))
+    trackers.check(settings)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     train_rows, eval_rows = split_rows(config.data, task)
     train_source = config.data.train_dataset or f"task {config.data.task!r}"
@@ -58,25 +68,23 @@ def set_up(config: Config) -> Run:
         eval_prompts = build_prompts(eval_rows, task, config.data, tokenizer, config.data.eval_dataset or train_source)
     resuming = settings.resume_from_checkpoint is not None
     folder = check(config, resuming)
-    check_engine(config)
+    check_rollout_engine(config)
 
-    accelerator = Accelerator(
-        log_with=settings.report_to or None,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
+    accelerator, ranks = start_processes(config)
+    resume = ranks.on_main(lambda: checkpoint.find_resume(settings.resume_from_checkpoint, folder))
+    student = build_student(config, ranks, resume)
+    check_vocabulary(tokenizer, student, config.model.model_name_or_path)
+    moved = str(resume / checkpoint.TEACHER) if resume is not None and moves(config) else None
+    teacher = build_teacher(
+        config, student, tokenizer, lambda name, dtype, device: load(moved or name, config, ranks, dtype, device)
     )
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"training runs in one process so far, got {accelerator.num_processes}: start without a launcher"
-        )
-    name = str(resume or config.model.model_name_or_path)
-    student = load_model(name, config.model.dtype, config.model.attn_implementation, accelerator.device)
-    LMHead.from_model(student)
-    if config.model.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
-    teacher = build_teacher(config.distillation, config.model, student, tokenizer)
-    engine = build_engine(config, student, tokenizer)  # vLLM seeds torch anew: before states are loaded
+    if teacher is not None:
+        check_vocabulary(tokenizer, teacher, config.distillation.teacher_model_name_or_path or "the teacher")
+    rows = [int(model.get_output_embeddings().weight.size(0)) for model in (student, teacher) if model]
+    engine = Engine(config, ranks, student, teacher, min(rows))
+    rollouts = build_rollout_engine(config, student, tokenizer, engine.sampling)
     optimizer = torch.optim.AdamW(
-        student.parameters(),
+        [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.weight_decay,
@@ -84,22 +92,80 @@ def set_up(config: Config) -> Run:
     warmup = max(1, settings.warmup_steps)  # the first step already moves: its rate is 1/warmup of the peak
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / warmup))
     checkpoint.check_space(folder, student, moves(config), settings.save_total_limit)
-    student, optimizer, scheduler = accelerator.prepare(student, optimizer, scheduler)
-    checkpoint.keep_weights_out(accelerator)
     first_step = 0
     if resume is not None:
         first_step = checkpoint.step_of(resume)
-        if moves(config):
-            teacher.load_state_dict(load_model(str(resume / "teacher"), config.model.dtype).state_dict())
-        accelerator.load_state(str(resume / "state"))
-    claim(folder, config, resuming)
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+        checkpoint.load_optimizer(resume, student, optimizer, scheduler)
+    ranks.on_main(lambda: claim(folder, config, resuming))
+    accelerator.log_with = trackers.build(settings, first_step)
+    accelerator.init_trackers(trackers.PROJECT)
     return Run(
-        config, folder, accelerator, task, tokenizer, student, teacher, engine, optimizer, scheduler,
+        config, folder, accelerator, ranks, engine, rollouts, task, tokenizer, student, teacher, optimizer, scheduler,
         train_prompts, eval_prompts, first_step,
     )  # fmt: skip
 
 
-def moves(config: Config) -> bool:
-    """Whether the teacher changes during training and so belongs to the checkpoint."""
-    return config.distillation.teacher_regularization == "ema"
+def start_processes(config: Config) -> tuple[Accelerator, Ranks]:
+    """Join the other processes of torchrun or accelerate launch, if there are any. What accelerate's launcher was told
+    about engines must agree with the config, which alone decides."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.training.ddp_timeout))],
+    )
+    told = accelerator.distributed_type.value
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        told = "FSDP" if config.model.sharding != "fsdp" else "MULTI_GPU"
+    if told in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+        raise ValueError(
+            f"accelerate launch was configured for {told}: configure it for several plain processes, and shard by "
+            "--model.sharding fsdp"
+        )
+    if accelerator.mixed_precision not in ("no", config.training.mixed_precision):
+        raise ValueError(
+            f"accelerate launch was configured for {accelerator.mixed_precision}, and training.mixed_precision is "
+            f"{config.training.mixed_precision!r}: leave it to the latter"
+        )
+    ranks = Ranks.of(
+        accelerator.process_index, accelerator.num_processes, accelerator.device, config.model.vocab_parallel
+    )
+    return accelerator, ranks
+
+
+def build_student(config: Config, ranks: Ranks, resume: Path | None) -> PreTrainedModel:
+    """The model of the config or of the checkpoint, with its adapters, sharded as the config says."""
+
+    def adapted(model: PreTrainedModel, real: bool) -> PreTrainedModel:
+        if config.model.use_peft:
+            adapters.add(model, config.model, moves(config), config.training.seed)
+            if resume is not None and real:
+                adapters.load(model, adapters.STUDENT, resume)
+                if moves(config):
+                    adapters.load(model, adapters.TEACHER, resume / checkpoint.TEACHER)
+        LMHead.from_model(model)  # its refusals come before any work
+        if config.model.gradient_checkpointing:
+            enable_checkpointing(model)
+        return model
+
+    from_checkpoint = resume is not None and not config.model.use_peft
+    name = str(resume) if from_checkpoint else config.model.model_name_or_path
+    return load(name, config, ranks, config.model.dtype, ranks.device, adapted)
+
+
+def load(
+    name: str,
+    config: Config,
+    ranks: Ranks,
+    dtype: str,
+    device: torch.device,
+    adapt: Callable[[PreTrainedModel, bool], PreTrainedModel] = lambda model, real: model,
+) -> PreTrainedModel:
+    """A model as this run holds it: on `device`, or sharded. adapt(model, real) changes it before it is sharded; real:
+    its weights were read."""
+    attention = config.model.attn_implementation
+    if config.model.sharding == "none":
+        return adapt(load_model(name, dtype, attention, device), True)
+
+    def build(real: bool) -> PreTrainedModel:
+        return adapt(load_model(name, dtype, attention) if real else empty_model(name, dtype, attention), real)
+
+    return fsdp.load(build, ranks, torch.bfloat16 if config.training.mixed_precision == "bf16" else None)

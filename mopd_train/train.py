@@ -1,69 +1,113 @@
-"""The MOPD loop, to be read from top to bottom.
+"""The loop, to be read from top to bottom.
 
-A step: prompts -> G rollouts each -> verifier -> what the teacher reads -> teacher and student hidden states
-of every completion token -> divergence -> backward -> AdamW -> teacher update.
+A step of MOPD: prompts -> G rollouts each -> verifier -> what the teacher reads -> teacher and student hidden states
+of every completion token -> divergence -> backward -> AdamW -> teacher update. Other methods: objectives/.
 """
 
 from __future__ import annotations
 
-import logging
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import checkpoint, report
+from . import checkpoint, report, trackers
+from .callbacks import Callback, Hooks
 from .config import Config
-from .contexts import teacher_prompts
-from .data import step_prompts
-from .evaluate import Scores, completion_record, evaluate
+from .contexts import TeacherPrompt, step_contexts
+from .data import step_prompts, step_seed
+from .evaluate import Scores, completion_records, evaluate
 from .files import read_json, read_jsonl, write_json, write_jsonl
-from .learn import learn, to_examples
-from .metrics import Clock, group_metrics
-from .models import stop_token_ids
+from .learn import learn
+from .metrics import Clock, context_metrics, group_metrics
+from .models import fingerprint, stop_token_ids
+from .objectives import method_of
+from .rollout import Group
 from .rundir import METRICS, MetricsFile
-from .sampler import Sampling
-from .setup import Run, moves, set_up
+from .sampler import Sampling, sample
+from .setup import Run, set_up
+from .stopping import Stop, listening
+from .summaries import PeerSummaries, shares
+from .tasks import RewardFunction
+from .teacher import moves
 from .verify import judge
 
-logger = logging.getLogger(__name__)
 console = Console()
 
 PLOT = "training.png"  # drawn last: with it a run is complete
 
 
-def train(config: Config) -> Path:
-    """Run the whole job and return its folder."""
-    run = set_up(config)
-    settings = config.training
-    if run.first_step >= settings.max_steps and (run.folder / PLOT).is_file():
-        console.print(f"{run.folder} is already at step {run.first_step} of {settings.max_steps}: nothing to do")
+def train(
+    config: Config, reward_fns: Sequence[RewardFunction] | None = None, callbacks: Sequence[Callback] = ()
+) -> Path:
+    """Run the whole job and return its folder. `reward_fns` judge instead of the task's verifier. Every process of
+    torchrun or accelerate launch calls it."""
+    run = set_up(config, reward_fns)
+    hooks = Hooks(run, callbacks)
+    try:
+        with listening() as stop:
+            return _train(run, hooks, stop)
+    except Exception as error:
+        if run.ranks.size > 1:
+            last = checkpoint.checkpoints(run.folder)
+            kept = last[-1] if last else "none"
+            error.add_note(f"process {run.ranks.rank} of {run.ranks.size}; last complete checkpoint: {kept}")
+        raise
+
+
+def _train(run: Run, hooks: Hooks, stop: Stop) -> Path:
+    settings, ranks = run.config.training, run.ranks
+    if run.first_step >= settings.max_steps and ranks.from_main((run.folder / PLOT).is_file()):
+        say(run, f"{run.folder} is already at step {run.first_step} of {settings.max_steps}: nothing to do")
+        run.accelerator.end_training()
         return run.folder
-    before = held_out_scores(run, "before") if run.first_step == 0 else None
-    metrics_file = MetricsFile(run.folder, run.first_step)
-    with progress_bar() as progress:
+    step = run.first_step
+    hooks("on_train_begin", step)
+    before = held_out_scores(run, "before", hooks, 0) if run.first_step == 0 else None
+    metrics_file = MetricsFile(run.folder, run.first_step) if ranks.is_main else None
+    with progress_bar(ranks.is_main) as progress:
         bar = progress.add_task("training", total=settings.max_steps, completed=run.first_step)
         for step in range(run.first_step + 1, settings.max_steps + 1):
-            metrics = {"step": step, **train_step(run, step)}
-            metrics_file.write(metrics)
-            run.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
-            progress.console.print(report.step_line(metrics, settings.max_steps), highlight=False, soft_wrap=True)
+            hooks("on_step_begin", step)
+            metrics = {"step": step, **train_step(run, step, hooks)}
+            hooks("on_step_end", step, metrics=metrics)
+            if metrics_file is not None:
+                metrics_file.write(metrics)
+                run.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
+                progress.console.print(report.step_line(metrics, settings.max_steps), highlight=False, soft_wrap=True)
             progress.advance(bar)
-            if step % settings.save_steps == 0 or step == settings.max_steps:
-                save(run, step)
-    metrics_file.close()
-    finish(run, before)
+            signals, asked = zip(*ranks.everywhere((stop.signal, hooks.stopped)), strict=True)
+            signal = next(filter(None, signals), None)
+            last = step == settings.max_steps or any(asked)
+            if signal or last or step % settings.save_steps == 0:
+                hooks("on_save", step, checkpoint=save(run, step))
+            if signal and not last:
+                say(run, f"stopped by {signal} after step {step}: training.resume_from_checkpoint=latest goes on")
+                run.accelerator.end_training()
+                return run.folder
+            if last:
+                break
+    if metrics_file is not None:
+        metrics_file.close()
+    finish(run, before, hooks, step)
+    hooks("on_train_end", step)
     return run.folder
 
 
-def train_step(run: Run, step: int) -> dict[str, float]:
-    """One batch of rollouts, one optimizer step."""
-    config, clock = run.config, Clock()
+def train_step(run: Run, step: int, hooks: Hooks | None = None) -> dict[str, float]:
+    """One batch of rollouts, one optimizer step; its metrics are those of all processes, on the main one."""
+    config, clock, ranks = run.config, Clock(), run.ranks
     with clock("weights"):
-        run.engine.update_weights(run.accelerator.unwrap_model(run.student))
+        run.rollouts.update_weights(run.student)
     with clock("rollout"):
         prompts = step_prompts(run.train_prompts, step - 1, config.rollout.num_prompts, config.training.seed)
+        first, stop = ranks.slice(len(prompts))
         sampling = Sampling(
             config.rollout.num_generations,
             config.rollout.max_completion_length,
@@ -72,61 +116,107 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             config.rollout.generation_batch_size,
         )
         stops = stop_token_ids(run.student, run.tokenizer)
-        groups = run.engine.generate(prompts, sampling, stops, seed_of(run, step))
+        seed = seed_of(run, step)
+        groups = run.rollouts.generate(prompts[first:stop], sampling, stops, seed + first)
     with clock("verify"):
         judge(groups, run.task.reward, config.data.task)
+    if hooks is not None:
+        hooks("on_rollouts", step, groups=groups)
+    contexts, about = read_contexts(run, groups, seed + first, clock)
+    metrics = step_metrics(run, step, ranks.gathered(list(zip(groups, contexts, strict=True))))
+    return metrics | about | learn(run, step, groups, contexts, clock) | clock.metrics()
+
+
+def read_contexts(
+    run: Run, groups: list[Group], seed: int, clock: Clock
+) -> tuple[list[list[TeacherPrompt | None]], dict[str, float]]:
+    """What the teacher reads of each rollout, where there is one; the student is asked for the summaries in it."""
+    config, settings = run.config, run.config.context
+    if method_of(config).teacher != "context":
+        return [[None] * len(group.rollouts) for group in groups], {}
+
+    def sampled(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        rollout, stops = config.rollout, stop_token_ids(run.student, run.tokenizer)
+        sampling = Sampling(1, tokens, rollout.temperature, rollout.top_p, rollout.generation_batch_size)
+        replies = sample(run.student, prompts, sampling, stops, int(run.tokenizer.pad_token_id), seed)
+        return [reply for (reply,) in replies]
+
+    batch = groups
+    if settings.peer_control_mode != "none":
+        batch = [group for part in run.ranks.everywhere(groups) for group in part]
+    template = config.data.chat_template_kwargs
+    summaries = PeerSummaries(groups, run.tokenizer, settings, template, sampled)
+    with clock("contexts"), run.engine.sampling() if settings.summary_k else nullcontext():
+        contexts = step_contexts(groups, run.tokenizer, settings, template, seed, summaries, batch)
+    return contexts, shares(run.ranks.totals(summaries.counts)) if settings.summary_k else {}
+
+
+def step_metrics(run: Run, step: int, judged: list[tuple[Group, list[TeacherPrompt | None]]]) -> dict[str, float]:
+    """Write every completion and average over all groups; the other processes have none and do nothing."""
+    if not run.ranks.is_main:
+        return {}
+    groups, contexts = [group for group, _ in judged], [prompts for _, prompts in judged]
     write_jsonl(
         run.folder / "completions" / f"step-{step:06d}.jsonl",
-        [completion_record(group, i) for group in groups for i in range(len(group.rollouts))],
+        completion_records(groups, step=step, **fingerprint(run.student, run.tokenizer)),
     )
-    contexts = [
-        teacher_prompts(group, run.tokenizer, config.context, config.data.chat_template_kwargs, seed_of(run, step) + i)
-        for i, group in enumerate(groups)
-    ]
-    metrics = group_metrics(groups, contexts, config.context.success_reward_threshold)
-    metrics |= learn(run, step, to_examples(groups, contexts), clock)
-    return metrics | clock.metrics()
+    metrics = group_metrics(groups, run.config.context.success_reward_threshold)
+    return metrics | (context_metrics(contexts) if method_of(run.config).teacher == "context" else {})
 
 
 def seed_of(run: Run, step: int) -> int:
-    """Sampling depends on the run's seed and the step alone, so that a resumed run draws the same."""
-    return run.config.training.seed * 1_000_003 + step * 1009
+    return step_seed(run.config.training.seed, step)
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, step: int) -> Path:
     teacher = run.teacher if moves(run.config) else None
-    student = run.accelerator.unwrap_model(run.student)
     limit = run.config.training.save_total_limit
-    checkpoint.save(run.folder, step, run.accelerator, student, teacher, run.tokenizer, limit)
+    return checkpoint.save(
+        run.folder, step, run.ranks, run.student, teacher, run.optimizer, run.scheduler, run.tokenizer, limit
+    )
 
 
-def held_out_scores(run: Run, name: str) -> Scores | None:
-    """Scores on the held-out prompts, kept as evaluation-<name>.json; None where there are none."""
+def held_out_scores(run: Run, name: str, hooks: Hooks, step: int) -> Scores | None:
+    """Scores on the held-out prompts, kept as evaluation-<name>.json; None where there are none, and on processes
+    other than the main one."""
     if not run.eval_prompts or not run.config.evaluation.before_and_after:
         return None
-    with console.status(f"evaluating {name} training"):
-        path = run.folder / f"completions-{name}.jsonl"
-        run.engine.update_weights(run.accelerator.unwrap_model(run.student))
-        stops = stop_token_ids(run.student, run.tokenizer)
-        scores = evaluate(run.engine, stops, run.eval_prompts, run.task, run.config, path)
-    write_json(run.folder / f"evaluation-{name}.json", asdict(scores))
+    path = run.folder / f"completions-{name}.jsonl"
+    with console.status(f"evaluating {name} training") if run.ranks.is_main else nullcontext():
+        scores = evaluate(
+            run.rollouts, run.student, run.tokenizer, run.eval_prompts, run.task, run.config, path, run.ranks
+        )
+    if scores is not None:
+        write_json(run.folder / f"evaluation-{name}.json", asdict(scores))
+    hooks("on_evaluate", step, scores=scores)
     return scores
 
 
-def finish(run: Run, before: Scores | None) -> None:
-    """Evaluate again, draw, and say where everything is."""
-    after = held_out_scores(run, "after")
-    kept = run.folder / "evaluation-before.json"
-    if before is None and kept.is_file():
-        before = Scores(**read_json(kept))
-    report.plot_run(read_jsonl(run.folder / METRICS), run.folder / PLOT, before, after)
-    if before is not None and after is not None:
-        console.print(report.before_after_table(before, after))
+def finish(run: Run, before: Scores | None, hooks: Hooks, step: int) -> None:
+    """Evaluate again, draw, upload if asked, and say where everything is."""
+    after = held_out_scores(run, "after", hooks, step)
+    if run.ranks.is_main:
+        kept = run.folder / "evaluation-before.json"
+        if before is None and kept.is_file():
+            before = Scores(**read_json(kept))
+        report.plot_run(read_jsonl(run.folder / METRICS), run.folder / PLOT, before, after)
+        if before is not None and after is not None:
+            console.print(report.before_after_table(before, after))
+        if skipped := sum(row.get("skipped_steps", 0) for row in read_jsonl(run.folder / METRICS)):
+            say(run, f"{skipped:.0f} of {step} steps had no rollout to learn from: skipped")
+        if run.config.training.push_to_hub:
+            address = trackers.push(run.config.training, checkpoint.checkpoints(run.folder)[-1])
+            console.print(f"uploaded to {address}")
     run.accelerator.end_training()
-    console.print(f"metrics, completions, plot and checkpoints: {run.folder}")
+    say(run, f"metrics, completions, plot and checkpoints: {run.folder}")
 
 
-def progress_bar() -> Progress:
+def say(run: Run, text: str) -> None:
+    if run.ranks.is_main:
+        console.print(text)
+
+
+def progress_bar(shown: bool) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -134,4 +224,14 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=not shown)
+
+
+class _CallableModule(ModuleType):
+    """`from mopd_train import train` finds this module once it is loaded, and calls it."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Path:
+        return train(*arguments, **named)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from bench import cpu, measure, peers, report
+from bench import cpu, measure, peers, phases, report
 from bench.cases import Case, inputs
 
 CASES = {
@@ -69,6 +69,35 @@ def test_oracle_is_the_gradient_of_the_loss():
 def test_exponent_of_known_growth():
     assert measure.exponent([100, 200, 400], [3.0, 6.0, 12.0]) == pytest.approx(1.0)
     assert measure.exponent([100, 200, 400], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("backend", "grad_filter"), [("cpu", 0.0), ("cpu", 1e-7), ("eager", 0.0)])
+def test_phases_add_up_and_say_what_they_need(backend, grad_filter):
+    case = CASES["divergence"]
+    rows = phases.profile(case, inputs(case), backend, grad_filter, rounds=1)
+    found = {row["phase"]: row for row in rows}
+    assert {"z_s and z_t", "statistics", "gradient", "rest", "all"} <= set(found)
+    assert ("dW" in found) != ("sparse dH and dW" in found)
+    parts = sum(row["seconds"]["median"] for name, row in found.items() if name != "all")
+    assert parts == pytest.approx(found["all"]["seconds"]["median"])
+    assert found["z_s and z_t"]["flop"] == 4 * 70 * 150 * 8
+    assert found["gradient"]["bytes"] == 3 * 4 * 70 * 150
+    _, header, table = phases.table({"provider": "x", "phases": rows})
+    assert all(len(line) == len(header) for line in table)
+
+
+def test_best_of_one_chunk_size_is_not_called_best():
+    def row(provider: str, seconds: float) -> dict[str, object]:
+        clock = {"median": seconds}
+        return {"provider": provider, "seconds": clock, "cpu_seconds": clock}
+
+    names = {"Liger, chunk 64": 4.0, "Liger, chunk 128": 2.0}
+    rows = [row("ours, filter 1e-6", 1.0), *(row(name, seconds) for name, seconds in names.items())]
+    case = {"name": "smollm2", "floor": row("", 1.0), "rows": rows, "products": 4}
+    record = {"cases": [case], "scaling": []}
+    assert "| filtered / Liger, chunk 128 (its best) | 0.45 | 0.50 (0.50) |" in report.goals(record)
+    case["rows"] = rows[:2]
+    assert "| filtered / Liger, chunk 64 | 0.45 | 0.25 (0.25) |" in report.goals(record)
 
 
 def test_worker_measures_memory_of_one_run():

@@ -20,11 +20,11 @@ def inside(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
         return body(*args, **(kwargs or {}))
 
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::mm.out", "aten::addmm.out", "aten::addmm_"}
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "mm.out", "addmm.out", "addmm_", "bmm", "bmm.out", "baddbmm_")}
 
 
 class Products(TorchDispatchMode):
-    """Shapes (rows, inner, columns) of every matrix product."""
+    """Shapes (rows, inner, columns) of every matrix product; those of a batch one by one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,8 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() in PRODUCTS:
             left, right = [value for value in args if isinstance(value, torch.Tensor)][-2:]
-            self.shapes.append((left.size(0), left.size(1), right.size(1)))
+            count = left.size(0) if left.ndim == 3 else 1
+            self.shapes += [(left.size(-2), left.size(-1), right.size(-1))] * count
         return inside(self, func, args, kwargs)
 
     def flops(self) -> int:

@@ -12,9 +12,9 @@ from mopd_kernels import Execution, LMHead, autograd, linear_divergence, linear_
 from tests.kernels.counters import LiveBytes
 from tests.kernels.problems import backends_under_test
 
-V, H, CHUNK = 12_000, 8, 64
+V, H, CHUNK = 12_000, 8, 256
 BUFFER = CHUNK * V * 4
-SCRATCH = 5 << 20  # blocks of a row kernel, which fit a cache
+SCRATCH = 10 << 20  # blocks of a row kernel, which fit a cache: less than a third buffer
 PER_TOKEN = 400  # statistics, indices, dH
 
 

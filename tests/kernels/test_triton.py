@@ -11,7 +11,7 @@ import torch
 
 from mopd_kernels import Execution, LMHead, backends, linear_logprobs
 from mopd_kernels.backends import eager
-from mopd_kernels.losses import LOSSES
+from mopd_kernels.losses import LOSSES, divergence
 from mopd_kernels.losses.stats import Terms
 from tests.kernels.problems import Problem, assert_equal, call, dense, fused, leaves_of, tensors
 
@@ -229,3 +229,23 @@ def test_everything_left_out_is_zero_without_a_launch():
     assert out.loss == 0
     assert not leaves["student_weight"].grad.any()
     assert not leaves["student_hidden"].grad.any()
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.9])
+def test_jensen_shannon_of_near_equal_rows(alpha):
+    """Exactly 0 where q = p, and sums to float32 rounding of their terms where p is close to q."""
+    generator = torch.Generator().manual_seed(0)
+    log_q = torch.randn(3, 40, generator=generator).log_softmax(1).to(DEVICE)
+    nothing = torch.zeros(3, device=DEVICE)
+    assert all(sums.eq(0).all() for sums in rows.mixture_sums(log_q, log_q, nothing, nothing, alpha))
+    grad = log_q.clone()
+    rows.divergence_grad_(grad, log_q, Terms(nothing, nothing, nothing), nothing + 1, alpha, None, 0.0)
+    assert grad.eq(0).all()
+    for distance in (1e-3, 0.3, 3.0):
+        log_p = (log_q + distance * torch.randn(3, 40, generator=generator).to(DEVICE)).log_softmax(1)
+        wide = log_q.double(), log_p.double()
+        ratios = divergence.mixture_ratios(*wide, alpha)
+        sums = rows.mixture_sums(log_q, log_p, nothing, nothing, alpha)
+        for got, log_weight, ratio in zip(sums, wide, ratios, strict=True):
+            terms = log_weight.exp() * ratio
+            assert ((got - terms.sum(1)).abs() <= 1e-6 * terms.abs().sum(1)).all()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mopd_train.models import embedded_model, load_tokenizer
+from tests.train.sandboxes import bare, box  # noqa: F401 (fixtures)
+from tests.train.warm import Server
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +42,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def halting_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a third of the vocabulary as stop tokens: completions end early, some at once."""
+    folder = tmp_path_factory.mktemp("halting") / "model"
+    shutil.copytree(tiny_model, folder)
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text())
+    settings["eos_token_id"] = list(range(2, 49152, 3))
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()

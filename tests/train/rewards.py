@@ -10,6 +10,14 @@ def parity(prompts: list[Any], completions: list[str], completion_ids: list[list
     return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
+def right(prompts: list[Any], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def wrong(prompts: list[Any], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
 def raises(prompts: list[Any], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
     raise KeyError("no such unit test")
 

@@ -49,7 +49,8 @@ def plainly(model, tokenizer, some_group, context, config, seed):
 @pytest.mark.parametrize("max_tokens", [16384, 150])
 def test_nine_contexts_equal_plain_forwards(model, tokenizer, config, rewards, max_tokens):
     some_group = group(tokenizer, rewards, [f"{'long ' * i}peer number {i}" for i in range(len(rewards))])
-    scored = context_logprobs(model, tokenizer, some_group, list(CONTEXTS), config, 3, max_tokens)
+    config.training.max_pack_tokens = max_tokens
+    scored = context_logprobs(model, tokenizer, some_group, list(CONTEXTS), config, 3)
     assert list(scored) == list(CONTEXTS)
     undefined = 0
     for context, rows in scored.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from mopd_train.rollout import Group, Rollout
 from mopd_train.tasks import TASKS, find_task
 from mopd_train.verify import judge
 from tests.train import rewards
+from tests.train.verdicts import needs
 
 
 def test_jsonl_and_json_rows(tmp_path):
@@ -27,6 +29,89 @@ def test_bad_files_are_named(tmp_path):
         load_rows(str(tmp_path / "bad.jsonl"))
     with pytest.raises(FileNotFoundError, match=r"none.jsonl does not exist"):
         load_rows(str(tmp_path / "none.jsonl"))
+
+
+def test_malformed_rows_are_named_by_file_and_line(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    for content, message in (
+        (b'{"prompt": "a"}\n\n[1]\n', "rows.jsonl:3 is a list, expected an object"),
+        (b'{"prompt": "a"}\n\xff\n', "rows.jsonl:2 is not UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_rows(str(path))
+    path.write_text('{"prompt": "a", "answer": "1"}\n\n{"prompt": "b"}\n')
+    config = DataConfig(task="math", train_dataset=str(path))
+    with pytest.raises(ValueError, match=r"rows.jsonl:3 lacks column 'answer'"):
+        build_prompts(split_rows(config, TASKS["math"])[0], TASKS["math"], config, tokenizer, str(path))
+
+
+def test_verl_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {
+            "data_source": "mine",
+            "prompt": [{"role": "user", "content": f"{i} + 1?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(i + 1)},
+            "extra_info": {"index": i, "split": "train", "unused": None},
+        }
+        for i in range(2500)
+    ]
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    loaded, held_out = split_rows(DataConfig(task="math", train_dataset=str(path)), TASKS["math"])
+    assert len(loaded) == 2500
+    assert held_out == []
+    assert loaded[2400] == {
+        "data_source": "mine",
+        "prompt": [{"role": "user", "content": "2400 + 1?"}],
+        "answer": "2401",
+        "index": 2400,
+        "split": "train",
+    }
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"bad.parquet is not a readable parquet file"):
+        load_rows(str(tmp_path / "bad.parquet"))
+
+
+def test_layouts_are_mapped_when_a_task_reads_them(tmp_path):
+    path = tmp_path / "aime.jsonl"
+    path.write_text('{"id": 1, "problem": "How many?", "answer": 204, "year": 2024}\n')
+    rows, _ = split_rows(DataConfig(task="math", train_dataset=str(path)), TASKS["math"])
+    assert rows[0]["prompt"].startswith("How many?")
+    assert rows[0]["answer"] == 204
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"question": "Which?", "choices": 3, "answer": 1}\n')
+    with pytest.raises(ValueError, match=r"broken.jsonl:1 looks like a known layout and is not"):
+        split_rows(DataConfig(task="science", train_dataset=str(broken)), TASKS["science"])
+
+
+@needs("bfcl_eval", "reasoning_gym", "champ_dataset")
+def test_named_sets_and_their_errors(caplog):
+    rows = load_rows("reasoning-gym:gcd?size=5&seed=3")
+    assert len(rows) == 5
+    assert rows == load_rows("reasoning-gym:gcd?size=5&seed=3") != load_rows("reasoning-gym:gcd?size=5&seed=4")
+    assert len(load_rows("champ")) == 212
+    with pytest.raises(ValueError, match=r"'champ\?size=3'.*unexpected keyword argument 'size'"):
+        load_rows("champ?size=3")
+    with pytest.raises(ValueError, match="expected bfcl:CATEGORY"):
+        load_rows("bfcl:java")
+    split_rows(DataConfig(task="tools", train_dataset="bfcl:multiple"), TASKS["tools"])
+    assert "training on bfcl:multiple, a benchmark" in caplog.text
+
+
+def test_absent_packages_are_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install --no-deps champ-dataset"):
+        load_rows("champ")
+    with pytest.raises(ImportError, match="pip install --no-deps evals"):
+        load_rows("evals:medmcqa")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"none of the named sets \['aime', 'bfcl'.*pip install 'mopd\[data\]'"):
+        load_rows("someone/some-set")
 
 
 def test_a_users_dataset_is_not_evaluated_on_the_tasks_prompts(tmp_path):

@@ -1,4 +1,4 @@
-"""Hidden states of completions, the teacher's update, and the loss over a step."""
+"""Hidden states of completions, and the loss through them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 
 from mopd_kernels import LMHead
 from mopd_kernels.losses.divergence import dense_divergence
-from mopd_train.config import Config, DistillationConfig, ModelConfig
+from mopd_train.config import Config
 from mopd_train.models import check_same_tokenizer, load_model
-from mopd_train.objectives import METHODS, TokenBatch
+from mopd_train.objectives import METHODS, Example, TokenBatch
+from mopd_train.rollout import Rollout
 from mopd_train.scoring import completion_hidden
-from mopd_train.teacher import build_teacher, update_ema
 
 PROMPTS = [[1, 5, 6], [1, 9], [1, 3, 3, 7, 8]]
 COMPLETIONS = [[11, 12], [13, 14, 15, 2], [2]]
@@ -50,20 +50,22 @@ def test_packs_under_a_budget_change_nothing_but_the_tokens(model, max_pack_toke
 
 
 def batch_of(model, teacher, normalizer=7.0, tree=True):
+    examples = [Example(0, p, p, Rollout(c, "", True, 1.0)) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     return TokenBatch(
+        examples=examples,
         student_hidden=completion_hidden(model, PROMPTS, COMPLETIONS, pad_id=2, tree=tree)[0],
         student_head=LMHead.from_model(model),
         teacher_hidden=completion_hidden(teacher, PROMPTS, COMPLETIONS, pad_id=2, tree=tree)[0].detach(),
         teacher_head=LMHead.from_model(teacher),
-        labels=torch.tensor([t for c in COMPLETIONS for t in c]),
         normalizer=normalizer,
     )
 
 
 def test_teacher_equal_to_student_gives_loss_zero(model):
-    result = METHODS["mopd"](batch_of(model, model), Config())
+    result = METHODS["mopd"].objective(batch_of(model, model), Config())
     assert result.loss.item() == pytest.approx(0.0, abs=1e-7)
-    assert result.top1_agreement.eq(1).all()
+    agreement, tokens = result.means["top1_agreement"]
+    assert agreement == tokens == 7
 
 
 @pytest.mark.parametrize("tree", [True, False])
@@ -77,7 +79,7 @@ def test_loss_and_gradients_equal_the_dense_model(tiny_model, model, alpha, tree
     config = Config()
     config.distillation.alpha = alpha
     config.rollout.temperature = 0.7
-    METHODS["mopd"](batch_of(model, teacher, tree=tree), config).loss.backward()
+    METHODS["mopd"].objective(batch_of(model, teacher, tree=tree), config).loss.backward()
     fused = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     with torch.no_grad():
@@ -85,25 +87,6 @@ def test_loss_and_gradients_equal_the_dense_model(tiny_model, model, alpha, tree
     (dense_divergence(dense_logits(model) / 0.7, teacher_logits / 0.7, alpha).sum() / 7).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(fused[name], parameter.grad, rtol=2e-3, atol=2e-6)
-
-
-def test_ema_moves_by_its_rate_and_keeps_ties(tiny_model, model):
-    config = DistillationConfig(teacher_update_rate=0.25)
-    teacher = build_teacher(config, ModelConfig(str(tiny_model)), model, tokenizer=None)
-    before = teacher.model.norm.weight.clone()
-    embedding = teacher.get_input_embeddings().weight.clone()
-    with torch.no_grad():
-        model.model.norm.weight.add_(1.0)
-        model.get_input_embeddings().weight.mul_(3.0)
-    update_ema(teacher, model, rate=0.25)
-    torch.testing.assert_close(teacher.model.norm.weight, before + 0.25)
-    torch.testing.assert_close(teacher.get_input_embeddings().weight, embedding * 1.5)
-    assert teacher.lm_head.weight is teacher.get_input_embeddings().weight
-    assert not any(p.requires_grad for p in teacher.parameters())
-
-
-def test_self_teacher_is_the_student(model):
-    assert build_teacher(DistillationConfig(teacher_regularization="self"), ModelConfig(), model, None) is model
 
 
 def test_another_tokenizer_is_refused(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mopd_train import checkpoint, objectives, setup, train
 from mopd_train.config import Config
@@ -47,10 +49,10 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
         found |= {f"{path.relative_to(folder)}:{key}": value for key, value in load_file(path).items()}
-    optimizer = torch.load(folder / "state" / "optimizer.bin", weights_only=True)["state"]
-    for index, state in optimizer.items():
-        found |= {f"optimizer:{index}:{key}": value for key, value in state.items()}
-    return found
+    dcp_to_torch_save(folder / "optimizer", folder / "optimizer.pt")
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]
+    (folder / "optimizer.pt").unlink()
+    return found | {f"optimizer:{key}": value for key, value in optimizer.items() if key.startswith("state.")}
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +132,9 @@ def test_only_completion_tokens_reach_the_head(tiny_model, tmp_path, monkeypatch
     """The loss sees exactly the counted tokens, and the model's own head is never called in learning."""
     run = run_in_process(tiny_model, tmp_path / "run", write_rows(tmp_path))
     seen = []
-    objective = objectives.METHODS["mopd"]
-    watched = lambda batch, config: seen.append(batch) or objective(batch, config)  # noqa: E731
-    monkeypatch.setitem(objectives.METHODS, "mopd", watched)
+    method = objectives.METHODS["mopd"]
+    watched = lambda batch, config: seen.append(batch) or method.objective(batch, config)  # noqa: E731
+    monkeypatch.setitem(objectives.METHODS, "mopd", dataclasses.replace(method, objective=watched))
     learn = train.learn
 
     def guarded(*arguments):

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mopd_train.config import Config
-from mopd_train.engines import build_engine
 from mopd_train.files import write_json
 from mopd_train.models import embedded_model, load_model, load_tokenizer
+from mopd_train.rollout_engines import build_rollout_engine
 from tests.train.launch import ROOT, environment
 
 # Read when vLLM and OpenMP start.
@@ -82,15 +82,15 @@ def server(config, port, tmp_path_factory):
 @pytest.fixture(scope="session")
 def colocated(config, tokenizer, model_folder):
     config.rollout.use_vllm, config.rollout.vllm_mode = True, "colocate"
-    return build_engine(config, load_model(str(model_folder)), tokenizer)
+    return build_rollout_engine(config, load_model(str(model_folder)), tokenizer)
 
 
 @pytest.fixture(scope="session")
 def served(config, tokenizer, model_folder, server):
-    from mopd_train.engines.server import Server, ServerEngine
+    from mopd_train.rollout_engines.server import Server, ServerRollouts
 
     Server(config.rollout).wait_until_ready()
-    return ServerEngine(config.rollout, tokenizer)
+    return ServerRollouts(config.rollout, tokenizer)
 
 
 @pytest.fixture(params=["colocated", "served"])

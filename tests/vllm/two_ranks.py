@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mopd_train.config import Config
-from mopd_train.engines import build_engine
 from mopd_train.models import load_model, load_tokenizer
 from mopd_train.rollout import Prompt
+from mopd_train.rollout_engines import build_rollout_engine
 from mopd_train.sampler import Sampling
 from tests.vllm.conftest import disturb, largest_gap
 
@@ -32,7 +32,7 @@ def main(folder: str) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
-    engine = build_engine(config, whole, tokenizer)
+    engine = build_rollout_engine(config, whole, tokenizer)
     ids = tokenizer.encode(("The capital of France is", "One, two, three,")[rank])
     prompts, sampling = [Prompt([], ids, {})], Sampling(3, 8, 1.0, 1.0, 8)
     before = largest_gap(whole, engine.generate(prompts, sampling, [2], rank))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .cases import CompileCase
-from .formulas import JENSEN_SHANNON, guarded, log_mixture, scalar
+from .formulas import JENSEN_SHANNON, guarded, mixture_ratios, scalar
 from .linear_stats import launch_shape, stats_case
 from .products import Product, logits_of, pieces, placed, product
 
@@ -78,9 +78,9 @@ def _linear_mixture_kernel(
             column = at + piece * (BN // PIECES) + tl.arange(0, BN // PIECES)
             log_q = logits_of(parts_s[piece], bias_s, column, columns, slope_s, cap_s, HAS_BIAS_S, HAS_CAP_S) - shift_s
             log_p = logits_of(parts_t[piece], bias_t, column, columns, slope_t, cap_t, HAS_BIAS_T, HAS_CAP_T) - shift_t
-            log_m = log_mixture(log_q, log_p, weight)
-            student += tl.sum(guarded(tl.exp(log_q), log_q - log_m), 1)
-            teacher += tl.sum(guarded(tl.exp(log_p), log_p - log_m), 1)
+            ratio_s, ratio_t = mixture_ratios(log_q, log_p, weight)
+            student += tl.sum(guarded(tl.exp(log_q), ratio_s), 1)
+            teacher += tl.sum(guarded(tl.exp(log_p), ratio_t), 1)
     stride = tokens.to(tl.int64)
     tl.store(out + part * 2 * stride + row, student, mask)
     tl.store(out + (part * 2 + 1) * stride + row, teacher, mask)

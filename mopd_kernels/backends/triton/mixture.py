@@ -11,7 +11,7 @@ from torch import Tensor
 from ...spec import accumulation_dtype
 from . import configs, device
 from .cases import CompileCase
-from .formulas import guarded, log_mixture, logaddexp, scalar
+from .formulas import guarded, logaddexp, mixture_ratios, scalar
 from .row_stats import split
 
 
@@ -44,9 +44,9 @@ def _mixture_sums_kernel(
         here = column < stop
         log_q = tl.load(z_s + row * stride_s + column, mask=here, other=float("-inf")).to(dtype) - shift_s
         log_p = tl.load(z_t + row * stride_t + column, mask=here, other=float("-inf")).to(dtype) - shift_t
-        log_m = log_mixture(log_q, log_p, weight)
-        student += guarded(tl.exp(log_q), log_q - log_m)
-        teacher += guarded(tl.exp(log_p), log_p - log_m)
+        ratio_s, ratio_t = mixture_ratios(log_q, log_p, weight)
+        student += guarded(tl.exp(log_q), ratio_s)
+        teacher += guarded(tl.exp(log_p), ratio_t)
     out += tl.program_id(1) * 2 * rows + row
     tl.store(out, tl.sum(student, 0))
     tl.store(out + rows, tl.sum(teacher, 0))

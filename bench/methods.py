@@ -1,0 +1,146 @@
+"""Learning curves of methods and contexts on the embedded task with one rollout budget, several seeds each.
+
+Every run is `mopd train --config examples/smollm2.yaml` in a process of its own, with the method's changes. Finished
+runs are kept under --runs and not repeated, so the command can be stopped and called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from .origin import commit, processor
+
+EXAMPLES = """examples:
+  python -m bench methods                               all methods, seeds 0 1 2: two hours on two cores
+  python -m bench methods --method mopd-2s sdpo --seeds 0
+  python -m bench methods --collect                     results file, table and plot of the runs that are there
+"""
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results/methods.json"
+PLOT = ROOT / "docs/img/methods.png"
+METHODS: dict[str, tuple[str, list[str]]] = {
+    "mopd-2s": ("MOPD, two successes", []),
+    "mopd-2s1f": ("MOPD, two successes, one failure", ["--context.context", "2s1f"]),
+    "sdpo": ("SDPO, one success", ["--method", "sdpo"]),
+    "opd": ("OPD, no peers", ["--method", "opd"]),
+    "grpo": ("GRPO", ["--method", "grpo"]),
+}
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#999999", "#CC79A7")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--config", type=Path, default=ROOT / "examples/smollm2.yaml")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/methods", help="where runs are kept")
+    parser.add_argument("--collect", action="store_true", help="start no run")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
+    parser.add_argument("--plot", type=Path, default=PLOT)
+
+
+def main(options: argparse.Namespace) -> int:
+    if not options.collect:
+        for seed in options.seeds:
+            for method in options.method:
+                train(method, seed, options)
+    runs = {
+        method: [found for seed in options.seeds if (found := collected(options.runs / f"{method}-{seed}"))]
+        for method in options.method
+    }
+    runs = {method: found for method, found in runs.items() if found}
+    if not runs:
+        raise FileNotFoundError(f"{options.runs} holds no finished run of {options.method}, seeds {options.seeds}")
+    record = {"when": str(date.today()), "cpu": processor(), "runs": runs}
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    plot(runs, options.plot)
+    print(markdown(runs))
+    return 0
+
+
+def train(method: str, seed: int, options: argparse.Namespace) -> None:
+    """One run, unless it is there already; what it used at its peak is kept beside it."""
+    folder = options.runs / f"{method}-{seed}"
+    if collected(folder):
+        return
+    command = [sys.executable, "-m", "mopd_train", "train", "--config", str(options.config),
+               "--training.output_dir", str(folder), "--training.seed", str(seed),
+               "--training.overwrite_output_dir", "true", *METHODS[method][1]]  # fmt: skip
+    process = os.spawnv(os.P_NOWAIT, command[0], command)
+    _, status, usage = os.wait4(process, 0)
+    if status != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with status {status}")
+    (folder / "usage.json").write_text(json.dumps({"peak_bytes": usage.ru_maxrss << 10, "commit": commit()}))
+
+
+def collected(folder: Path) -> dict[str, Any] | None:
+    """Curve, held-out scores, time and memory of a finished run; None where it has not finished."""
+    if not (folder / "usage.json").is_file():
+        return None
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    before, after = (json.loads((folder / f"evaluation-{when}.json").read_text()) for when in ("before", "after"))
+    seconds = [sum(value for key, value in row.items() if key.startswith("time/")) for row in rows]
+    return {
+        "seed": json.loads((folder / "run.json").read_text())["training"]["seed"],
+        "reward": [row["reward"] for row in rows],
+        "mean_at_k": [before["mean_at_k"], after["mean_at_k"]],
+        "pass_at_k": [before["pass_at_k"], after["pass_at_k"]],
+        "completion_length": [before["completion_length"], after["completion_length"]],
+        "seconds_per_step": statistics.median(seconds),
+        **json.loads((folder / "usage.json").read_text()),
+    }
+
+
+def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        "| method | seeds | mean@8 before | mean@8 after, each seed | mean | pass@8 after, each seed | s/step | peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method, found in runs.items():
+        after = [run["mean_at_k"][1] for run in found]
+        passed = [run["pass_at_k"][1] for run in found]
+        lines.append(
+            f"| {METHODS[method][0]} | {len(found)} | {found[0]['mean_at_k'][0]:.3f} | {listed(after)} "
+            f"| **{statistics.mean(after):.3f}** | {listed(passed)} "
+            f"| {statistics.median(run['seconds_per_step'] for run in found):.1f} "
+            f"| {max(run['peak_bytes'] for run in found) / 1e9:.1f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def listed(values: list[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Mean reward of the rollouts of each step, averaged over seeds, with the range of the seeds; and held-out ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    curve, ends = figure.subplots(1, 2, width_ratios=(2, 1))
+    for color, (method, found) in zip(COLORS, runs.items(), strict=False):
+        rewards = list(zip(*(smooth(run["reward"]) for run in found), strict=True))
+        steps = range(1, len(rewards) + 1)
+        curve.plot(steps, [statistics.mean(row) for row in rewards], color=color, label=METHODS[method][0])
+        curve.fill_between(steps, [min(row) for row in rewards], [max(row) for row in rewards], color=color, alpha=0.15)
+    for place, found in enumerate(runs.values()):
+        for run in found:
+            ends.plot([place - 0.1, place + 0.1], run["mean_at_k"], "-o", color=COLORS[place], markersize=3, alpha=0.7)
+    curve.set(xlabel="step", ylabel="mean reward of the rollouts (3-step mean)", ylim=(0, 1))
+    curve.legend(loc="upper left", fontsize=8)
+    ends.set(ylabel="held-out mean@8, before and after", ylim=(0, 1), xticks=range(len(runs)))
+    ends.set_xticklabels(runs, rotation=30, ha="right", fontsize=8)
+    for axes in (curve, ends):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean of up to three steps that end here: a step's 8 prompts make a noisy reward."""
+    return [statistics.mean(values[max(0, i - 2) : i + 1]) for i in range(len(values))]
