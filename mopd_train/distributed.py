@@ -75,7 +75,7 @@ class Ranks:
         if self.size == 1:
             return dict(values)
         names = list(dict.fromkeys(name for part in self.everywhere(list(values)) for name in part))
-        counted = [values.get(name, 0.0) if self.place == 0 else 0.0 for name in names]
+        counted = [values.get(name, 0.0) / self.vocab_parallel for name in names]
         total = torch.tensor(counted, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
