@@ -1,4 +1,4 @@
-"""The command line: mopd train | eval | analyze | diversity | inspect | report.
+"""The command line: mopd train | eval | serve | analyze | diversity | inspect | report.
 
 Settings come from defaults, then --config FILE (YAML), then --section.key value.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ EXAMPLES = {
   mopd eval --model.model_name_or_path runs/a/checkpoint-20
   mopd eval --model.model_name_or_path embedded:smollm2 --evaluation.k 32 --output eval/base
   mopd eval --model.model_name_or_path runs/a/checkpoint-20 --data.task math --data.eval_dataset test.jsonl""",
+    "serve": """examples:
+  mopd serve --config run.yaml                            then, elsewhere on this machine:
+  mopd train --config run.yaml --rollout.use_vllm true --rollout.vllm_mode server
+  mopd serve --config run.yaml --vllm_args "--tensor-parallel-size 2 --gpu-memory-utilization 0.9"
+""",
     "analyze": """examples:
   mopd analyze --config examples/smollm2.yaml --num-prompts 40
   mopd analyze --config runs/a/run.json --model.model_name_or_path runs/a/checkpoint-20 --rollouts runs/a
@@ -66,6 +72,9 @@ def build_parser() -> Any:
     evaluation = command("eval", "mean@k and pass@k of a model on held-out prompts.")
     evaluation.add_argument("--output", type=str, default="eval", help="folder for scores.json and completions.jsonl")
     commands.add_subcommand("eval", evaluation, help="mean@k and pass@k of a model or checkpoint")
+    server = command("serve", "A vLLM server for rollout.vllm_mode=server, from the configuration of the training run.")
+    server.add_argument("--vllm_args", type=str, default="", help="further arguments of vLLM's server, as one string")
+    commands.add_subcommand("serve", server, help="a vLLM server for rollouts")
     analysis = command("analyze", "Does the teacher score successes above failures, and under which context?")
     _analyze_arguments(analysis)
     commands.add_subcommand("analyze", analysis, help="agreement of the teacher's scores with the verifier")
@@ -164,6 +173,7 @@ def _run(parsed: Any) -> None:
         from .analysis.diversity_command import DiversityOptions, diversity_command
 
         diversity_command(DiversityOptions(**{name: options[name] for name in DiversityOptions.__dataclass_fields__}))
+        return
     if parsed.subcommand == "report":
         from .analysis.inspect_report import report_command
 
@@ -174,6 +184,10 @@ def _run(parsed: Any) -> None:
         from .train import train
 
         train(config)
+    elif parsed.subcommand == "serve":
+        from .rollout_engines.serve import serve
+
+        serve(config, shlex.split(options.vllm_args))
     elif parsed.subcommand == "analyze":
         from .analysis.command import AnalyzeOptions, analyze_command
 

@@ -71,11 +71,25 @@ class RolloutConfig:
     top_p: float = 1.0
     """1.0 samples from the whole distribution, the one the loss is defined on."""
     generation_batch_size: int = 64
-    """Rollouts generated at once."""
+    """Rollouts generated at once by the trainer's own sampler; vLLM schedules by itself."""
     rollout_is: bool = True
     """Weigh each token by q / q_engine where the engine reports log-probs: its numerics are not the trainer's."""
     rollout_is_threshold: float = 2.0
     """Cap of that ratio."""
+    use_vllm: bool = False
+    """Sample with vLLM (the vllm extra) in training and evaluation; each time the student's weights replace its own."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """colocate: inside this process, on its device; server: `mopd serve` or `vllm serve`, over HTTP."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """colocate: share of the GPU's memory that vLLM may take, weights and KV cache together."""
+    vllm_server_host: str = "127.0.0.1"
+    """server: its address; whoever can reach it can replace the weights, so keep it off open networks."""
+    vllm_server_port: int = 8000
+    """server: its port."""
+    vllm_server_timeout: float = 240.0
+    """server: seconds to wait for it to come up before training starts."""
+    vllm_weights_dir: str = "/dev/shm"
+    """server: folder that both sides see, through which weights go; a network file system between machines."""
 
 
 @dataclass
@@ -237,5 +251,19 @@ def validate(config: Config) -> None:
     for key, number in fractions.items():
         if not 0 < number <= 1:
             raise ValueError(f"expected {key} in (0, 1], got {number}")
+    _validate_vllm(rollout)
     if training.hub_model_id and not training.push_to_hub:
         raise ValueError(f"training.hub_model_id={training.hub_model_id!r} is only read with training.push_to_hub true")
+
+
+def _validate_vllm(rollout: RolloutConfig) -> None:
+    if rollout.vllm_mode not in ("colocate", "server"):
+        raise ValueError(f"expected rollout.vllm_mode colocate or server, got {rollout.vllm_mode!r}")
+    if not 0 < rollout.vllm_gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"expected rollout.vllm_gpu_memory_utilization in (0, 1], got {rollout.vllm_gpu_memory_utilization}"
+        )
+    if not 0 < rollout.vllm_server_port < 65536:
+        raise ValueError(f"expected rollout.vllm_server_port in 1 ... 65535, got {rollout.vllm_server_port}")
+    if not rollout.vllm_server_timeout > 0:
+        raise ValueError(f"expected rollout.vllm_server_timeout > 0 s, got {rollout.vllm_server_timeout}")

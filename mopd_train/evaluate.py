@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import Config, validate
 from .data import build_prompts, split_rows
 from .distributed import Ranks
-from .engine import Engine
 from .files import write_json, write_jsonl
 from .models import fingerprint, load_model, load_tokenizer, stop_token_ids
 from .rewards import task_of
-from .rollout import Group, Prompt, generate
+from .rollout import Group, Prompt
+from .rollout_engines import RolloutEngine, build_rollout_engine, check_rollout_engine
 from .sampler import Sampling
 from .tasks import Task
 from .verify import judge
@@ -53,16 +52,17 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def evaluate(
+    rollouts: RolloutEngine,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     task: Task,
     config: Config,
     completions_path: Path | None = None,
-    engine: Engine | None = None,  # of a training run: its processes and precision
+    ranks: Ranks | None = None,  # None: this process alone
 ) -> Scores | None:
-    """Sample k completions of each prompt with the evaluation settings, judge them, write them as jsonl. Several
-    processes take a part of the prompts each; the scores are the main one's, None on the others."""
+    """Sample k completions of each prompt from `model` with the evaluation settings, judge them, write them as jsonl.
+    Several processes take a part of the prompts each; the scores are the main one's, None on the others."""
     settings = config.evaluation
     sampling = Sampling(
         settings.k,
@@ -71,11 +71,11 @@ def evaluate(
         settings.top_p,
         config.rollout.generation_batch_size,
     )
-    stops = stop_token_ids(model, tokenizer)
-    chosen, ranks = prompts[: settings.num_prompts], engine.ranks if engine else Ranks()
+    rollouts.update_weights(model)
+    stops, ranks = stop_token_ids(model, tokenizer), ranks or Ranks()
+    chosen = prompts[: settings.num_prompts]
     first, stop = ranks.slice(len(chosen))
-    with engine.sampling() if engine else nullcontext():
-        groups = generate(model, tokenizer, chosen[first:stop], sampling, stops, settings.seed + first)
+    groups = rollouts.generate(chosen[first:stop], sampling, stops, settings.seed + first)
     judge(groups, task.reward, config.data.task)
     groups = ranks.gathered(groups)
     if not ranks.is_main:
@@ -130,6 +130,7 @@ def completion_records(groups: list[Group], **origin: Any) -> list[dict[str, Any
 def evaluate_command(config: Config, output: Path) -> Scores:
     """`mopd eval`: load, evaluate, print a table, write scores.json and completions.jsonl."""
     validate(config)
+    check_rollout_engine(config)
     task = task_of(config)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     _, rows = split_rows(config.data, task)
@@ -138,7 +139,8 @@ def evaluate_command(config: Config, output: Path) -> Scores:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(config.model.model_name_or_path, config.model.dtype, config.model.attn_implementation, device)
-    result = evaluate(model, tokenizer, prompts, task, config, output / "completions.jsonl")
+    rollouts = build_rollout_engine(config, model, tokenizer)
+    result = evaluate(rollouts, model, tokenizer, prompts, task, config, output / "completions.jsonl")
     assert result is not None, "one process has all prompts"
     record = {"model": config.model.model_name_or_path, "task": config.data.task, **result.as_dict()}
     write_json(output / "scores.json", record)

@@ -17,6 +17,7 @@ from .contexts import TeacherPrompt
 from .distributed import Ranks
 from .metrics import Clock, check_finite
 from .objectives import Example, Loss, TokenBatch, method_of
+from .objectives.batch import engine_gap
 from .objectives.distillation import steps_of
 from .rollout import Group
 from .scoring import completion_hidden
@@ -78,24 +79,22 @@ def accumulate(
             if not batch:  # other processes have one: take part in its collectives
                 run.accelerator.backward(run.engine.nothing(hidden, head))
                 continue
-            result = method_of(run.config).objective(
-                TokenBatch(
-                    examples=batch,
-                    student_hidden=hidden,
-                    student_head=head,
-                    normalizer=normalizer,
-                    teacher_hidden=None if scored is None else scored.hidden,
-                    teacher_head=None if scored is None else scored.head,
-                ),
-                run.config,
+            tokens = TokenBatch(
+                examples=batch,
+                student_hidden=hidden,
+                student_head=head,
+                normalizer=normalizer,
+                teacher_hidden=None if scored is None else scored.hidden,
+                teacher_head=None if scored is None else scored.head,
             )
+            result = method_of(run.config).objective(tokens, run.config)
             check_finite(result.per_token, [e.rollout for e in batch], step, run.ranks.rank)
             run.accelerator.backward(result.loss)
         if keep_logprobs and run.config.training.num_iterations > 1:
             lengths = [len(example.rollout.token_ids) for example in batch]
             for example, logprobs in zip(batch, result.logprobs.split(lengths), strict=True):
                 example.old_logprobs = logprobs
-        totals.add(batch, result, computed, scored)
+        totals.add(tokens, result, computed, scored)
 
 
 def second_model(run: Run, clock: Clock) -> SecondModel:
@@ -150,7 +149,8 @@ class Totals:
         self.sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self.counts: dict[str, float] = defaultdict(float)
 
-    def add(self, batch: list[Example], result: Loss, computed: int, scored: Scored | None) -> None:
+    def add(self, tokens: TokenBatch, result: Loss, computed: int, scored: Scored | None) -> None:
+        batch = tokens.examples
         self.sums["loss"] += result.loss.detach()
         self.sums["tokens/student_computed"] += computed
         self.sums["tokens/student_total"] += sum(len(e.prompt_ids) + len(e.rollout.token_ids) for e in batch)
@@ -159,7 +159,7 @@ class Totals:
             self.sums["tokens/teacher_total"] += sum(
                 len(e.teacher_prompt_ids) + len(e.rollout.token_ids) for e in batch
             )
-        for name, (value, count) in result.means.items():
+        for name, (value, count) in (result.means | engine_gap(tokens, result.logprobs)).items():
             self.sums[name] += value
             self.counts[name] += count
 

@@ -34,7 +34,7 @@ class Rollout:
     reward: float | None = None  # None: the verifier gave no verdict
     feedback: str | None = None
     scores: dict[str, float | None] = field(default_factory=dict)  # of each reward function, where several judge
-    logprobs: list[float] | None = None  # of each token, by the engine that sampled it, at the sampling temperature
+    logprobs: list[float] | None = None  # of each token, as the engine drew it; None: not told
 
     def succeeded(self, threshold: float) -> bool:
         return self.reward is not None and self.reward >= threshold
@@ -63,10 +63,13 @@ def generate(
     token_ids = [prompt.token_ids for prompt in prompts]
     completions = sample(model, token_ids, sampling, stop_ids, int(tokenizer.pad_token_id), seed)
     return [
-        Group(prompt, [_rollout(ids, tokenizer, stop_ids) for ids in group])
+        Group(prompt, [to_rollout(ids, tokenizer, stop_ids) for ids in group])
         for prompt, group in zip(prompts, completions, strict=True)
     ]
 
 
-def _rollout(ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> Rollout:
-    return Rollout(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), finished=ids[-1] in stop_ids)
+def to_rollout(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], logprobs: list[float] | None = None
+) -> Rollout:
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return Rollout(ids, text, finished=ids[-1] in stop_ids, logprobs=logprobs)

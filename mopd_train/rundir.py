@@ -29,6 +29,11 @@ MAY_CHANGE = {
     "ddp_timeout",
     "push_to_hub",
     "hub_model_id",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_gpu_memory_utilization",
+    "vllm_weights_dir",
 }
 
 

@@ -25,6 +25,7 @@ from .models import check_vocabulary, empty_model, load_model, load_tokenizer
 from .objectives import settle
 from .rewards import task_of
 from .rollout import Prompt
+from .rollout_engines import RolloutEngine, build_rollout_engine, check_rollout_engine
 from .rundir import check, claim
 from .tasks import RewardFunction, Task
 from .teacher import build_teacher, moves
@@ -39,6 +40,7 @@ class Run:
     accelerator: Accelerator
     ranks: Ranks
     engine: Engine
+    rollouts: RolloutEngine
     task: Task
     tokenizer: PreTrainedTokenizerBase
     student: PreTrainedModel
@@ -66,6 +68,7 @@ def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -
         eval_prompts = build_prompts(eval_rows, task, config.data, tokenizer, config.data.eval_dataset or train_source)
     resuming = settings.resume_from_checkpoint is not None
     folder = check(config, resuming)
+    check_rollout_engine(config)
 
     accelerator, ranks = start_processes(config)
     resume = ranks.on_main(lambda: checkpoint.find_resume(settings.resume_from_checkpoint, folder))
@@ -77,6 +80,9 @@ def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -
     )
     if teacher is not None:
         check_vocabulary(tokenizer, teacher, config.distillation.teacher_model_name_or_path or "the teacher")
+    rows = [int(model.get_output_embeddings().weight.size(0)) for model in (student, teacher) if model]
+    engine = Engine(config, ranks, student, teacher, min(rows))
+    rollouts = build_rollout_engine(config, student, tokenizer, engine.sampling)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
@@ -93,10 +99,8 @@ def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -
     ranks.on_main(lambda: claim(folder, config, resuming))
     accelerator.log_with = trackers.build(settings, first_step)
     accelerator.init_trackers(trackers.PROJECT)
-    rows = [int(model.get_output_embeddings().weight.size(0)) for model in (student, teacher) if model]
-    engine = Engine(config, ranks, student, teacher, min(rows))
     return Run(
-        config, folder, accelerator, ranks, engine, task, tokenizer, student, teacher, optimizer, scheduler,
+        config, folder, accelerator, ranks, engine, rollouts, task, tokenizer, student, teacher, optimizer, scheduler,
         train_prompts, eval_prompts, first_step,
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ from .learn import learn
 from .metrics import Clock, context_metrics, group_metrics
 from .models import fingerprint, stop_token_ids
 from .objectives import method_of
-from .rollout import Group, generate
+from .rollout import Group
 from .rundir import METRICS, MetricsFile
 from .sampler import Sampling, sample
 from .setup import Run, set_up
@@ -103,7 +103,9 @@ def _train(run: Run, hooks: Hooks, stop: Stop) -> Path:
 def train_step(run: Run, step: int, hooks: Hooks | None = None) -> dict[str, float]:
     """One batch of rollouts, one optimizer step; its metrics are those of all processes, on the main one."""
     config, clock, ranks = run.config, Clock(), run.ranks
-    with clock("rollout"), run.engine.sampling():
+    with clock("weights"):
+        run.rollouts.update_weights(run.student)
+    with clock("rollout"):
         prompts = step_prompts(run.train_prompts, step - 1, config.rollout.num_prompts, config.training.seed)
         first, stop = ranks.slice(len(prompts))
         sampling = Sampling(
@@ -115,7 +117,7 @@ def train_step(run: Run, step: int, hooks: Hooks | None = None) -> dict[str, flo
         )
         stops = stop_token_ids(run.student, run.tokenizer)
         seed = seed_of(run, step)
-        groups = generate(run.student, run.tokenizer, prompts[first:stop], sampling, stops, seed + first)
+        groups = run.rollouts.generate(prompts[first:stop], sampling, stops, seed + first)
     with clock("verify"):
         judge(groups, run.task.reward, config.data.task)
     if hooks is not None:
@@ -181,7 +183,9 @@ def held_out_scores(run: Run, name: str, hooks: Hooks, step: int) -> Scores | No
         return None
     path = run.folder / f"completions-{name}.jsonl"
     with console.status(f"evaluating {name} training") if run.ranks.is_main else nullcontext():
-        scores = evaluate(run.student, run.tokenizer, run.eval_prompts, run.task, run.config, path, run.engine)
+        scores = evaluate(
+            run.rollouts, run.student, run.tokenizer, run.eval_prompts, run.task, run.config, path, run.ranks
+        )
     if scores is not None:
         write_json(run.folder / f"evaluation-{name}.json", asdict(scores))
     hooks("on_evaluate", step, scores=scores)

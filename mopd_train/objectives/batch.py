@@ -145,6 +145,15 @@ def engine_weights(batch: TokenBatch, logprobs: Tensor, config: Config) -> Tenso
     return capped_ratio(old, engine, config.rollout.rollout_is_threshold)
 
 
+def engine_gap(batch: TokenBatch, logprobs: Tensor) -> dict[str, tuple[Tensor, float]]:
+    """The metric |log q_old - log q_engine|: float rounding, unless the engine's weights are stale or top_p < 1, whose
+    nucleus only the engine renormalises over. Nothing where the engine reports nothing."""
+    if batch.engine_logprobs is None:
+        return {}
+    old = logprobs if batch.old_logprobs is None else batch.old_logprobs
+    return token_means(**{"rollout/logprob_gap": (old - batch.engine_logprobs).abs()})
+
+
 def update_weights(batch: TokenBatch, logprobs: Tensor, config: Config) -> Tensor | None:  # (N,)
     """q / q_old on the sampled tokens, from the second update on the same rollouts on; before it is 1 (None)."""
     cap = config.distillation.is_clip
