@@ -28,9 +28,9 @@ PLOT = ROOT / "docs/img/methods.png"
 METHODS: dict[str, tuple[str, list[str]]] = {
     "mopd-2s": ("MOPD, two successes", []),
     "mopd-2s1f": ("MOPD, two successes, one failure", ["--context.context", "2s1f"]),
-    "sdpo": ("SDPO, one success", ["--method", "sdpo"]),
+    "sdpo": ("SDPO, one success, lr 1e-5", ["--method", "sdpo", "--training.learning_rate", "1e-5"]),
     "opd": ("OPD, no peers", ["--method", "opd"]),
-    "grpo": ("GRPO", ["--method", "grpo"]),
+    "grpo": ("GRPO, lr 1e-5", ["--method", "grpo", "--training.learning_rate", "1e-5"]),
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#999999", "#CC79A7")
 
