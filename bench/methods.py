@@ -1,7 +1,8 @@
 """Learning curves of methods and contexts on the embedded task with one rollout budget, several seeds each.
 
 Every run is `mopd train --config examples/smollm2.yaml` in a process of its own, with the method's changes. Finished
-runs are kept under --runs and not repeated, so the command can be stopped and called again.
+runs are kept under --runs and not repeated, so the command can be stopped and called again. There is no larger model
+with the same tokenizer here: OPD's frozen teacher is the student that GRPO trained with the first seed.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from mopd_train.checkpoint import checkpoints
 
 from .origin import commit, processor
 
@@ -25,14 +29,16 @@ EXAMPLES = """examples:
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/methods.json"
 PLOT = ROOT / "docs/img/methods.png"
+SLOW = ["--training.learning_rate", "1e-5"]
 METHODS: dict[str, tuple[str, list[str]]] = {
-    "mopd-2s": ("MOPD, two successes", []),
-    "mopd-2s-slow": ("MOPD, two successes, lr 1e-5", ["--training.learning_rate", "1e-5"]),
-    "mopd-2s1f": ("MOPD, two successes, one failure", ["--context.context", "2s1f"]),
-    "sdpo": ("SDPO, one success, lr 1e-5", ["--method", "sdpo", "--training.learning_rate", "1e-5"]),
-    "opd": ("OPD, no peers", ["--method", "opd"]),
-    "grpo": ("GRPO, lr 1e-5", ["--method", "grpo", "--training.learning_rate", "1e-5"]),
+    "grpo": ("GRPO", ["--method", "grpo", *SLOW]),
+    "mopd-2s": ("MOPD 2s", SLOW),
+    "mopd-2s-fast": ("MOPD 2s, lr 4e-5 (make train)", []),
+    "mopd-2s1f": ("MOPD 2s1f", ["--context.context", "2s1f", *SLOW]),
+    "sdpo": ("SDPO", ["--method", "sdpo", *SLOW]),
+    "opd": ("OPD, trained teacher", ["--method", "opd", "--distillation.teacher_regularization", "frozen", *SLOW]),
 }
+TEACHER_OF_OPD = "grpo-0"
 COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#999999", "#CC79A7")
 
 
@@ -70,14 +76,25 @@ def train(method: str, seed: int, options: argparse.Namespace) -> None:
     folder = options.runs / f"{method}-{seed}"
     if collected(folder):
         return
+    changes = METHODS[method][1]
+    if method == "opd":
+        found = checkpoints(options.runs / TEACHER_OF_OPD)
+        if not found:
+            raise FileNotFoundError(
+                f"{options.runs / TEACHER_OF_OPD} has no checkpoint for OPD's teacher: run grpo first"
+            )
+        changes = [*changes, "--distillation.teacher_model_name_or_path", str(found[-1])]
     command = [sys.executable, "-m", "mopd_train", "train", "--config", str(options.config),
                "--training.output_dir", str(folder), "--training.seed", str(seed),
-               "--training.overwrite_output_dir", "true", *METHODS[method][1]]  # fmt: skip
+               "--training.overwrite_output_dir", "true", *changes]  # fmt: skip
     process = os.spawnv(os.P_NOWAIT, command[0], command)
     _, status, usage = os.wait4(process, 0)
     if status != 0:
         raise RuntimeError(f"{' '.join(command)} ended with status {status}")
     (folder / "usage.json").write_text(json.dumps({"peak_bytes": usage.ru_maxrss << 10, "commit": commit()}))
+    if folder.name != TEACHER_OF_OPD:
+        for path in checkpoints(folder):  # 2 GB a run
+            shutil.rmtree(path)
 
 
 def collected(folder: Path) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ def test_finished_runs_are_collected_and_unfinished_ones_left_out(tmp_path, caps
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"
     assert main(["methods", "--collect", "--runs", str(tmp_path), "--out", str(out), "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
-    assert "| GRPO, lr 1e-5 | 2 | 0.250 | 0.250, 0.500 | **0.375** | 0.500, 1.000 | 3.0 | 3.0 GB |" in printed
+    assert "| GRPO | 2 | 0.250 | 0.250, 0.500 | **0.375** | 0.500, 1.000 | 3.0 | 3.0 GB |" in printed
     assert "SDPO" not in printed
     record = json.loads(out.read_text())["runs"]
     assert list(record) == ["grpo"]
@@ -43,6 +43,11 @@ def test_finished_runs_are_collected_and_unfinished_ones_left_out(tmp_path, caps
 def test_no_finished_run_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no finished run"):
         main(["methods", "--collect", "--runs", str(tmp_path), "--out", str(tmp_path / "out.json")])
+
+
+def test_opd_without_its_teacher_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run grpo first"):
+        main(["methods", "--method", "opd", "--seeds", "0", "--runs", str(tmp_path)])
 
 
 def test_sdpo_table_gives_ratios_of_medians():
