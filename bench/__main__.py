@@ -11,6 +11,7 @@ COMMANDS = {
     "static": "compile every Triton kernel ahead of time: registers, spills, tensor-core code, roofline model",
     "gpu": "measure on this machine's GPU: ours, dense, torch.compile, Liger, CCE",
     "methods": "learning curves of methods and contexts on the embedded task",
+    "families": "one short training run for each task family",
     "sdpo": "a training step by this trainer and by TRL's SDPO trainer: time by phase and memory",
     "tree": "scoring, training and sampling over prefix trees against the plain way of transformers",
 }

@@ -1,8 +1,8 @@
 """Learning curves of methods and contexts on the embedded task with one rollout budget, several seeds each.
 
-Every run is `mopd train --config examples/smollm2.yaml` in a process of its own, with the method's changes. Finished
-runs are kept under --runs and not repeated, so the command can be stopped and called again. There is no larger model
-with the same tokenizer here: OPD's frozen teacher is the student that GRPO trained with the first seed.
+Every run is a `mopd train` in a process of its own. Finished runs are kept under --runs and not repeated, so it
+can be stopped and called again. There is no larger model with the same tokenizer here: OPD's frozen teacher is the
+student that GRPO trained with the first seed.
 """
 
 from __future__ import annotations
@@ -23,70 +23,75 @@ from .origin import commit, processor
 
 EXAMPLES = """examples:
   python -m bench methods                               all methods, seeds 0 1 2: two hours on two cores
-  python -m bench methods --method mopd-2s sdpo --seeds 0
+  python -m bench methods --only mopd-2s sdpo --seeds 0
   python -m bench methods --collect                     results file, table and plot of the runs that are there
 """
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench/results/methods.json"
-PLOT = ROOT / "docs/img/methods.png"
-SLOW = ["--training.learning_rate", "1e-5"]
-METHODS: dict[str, tuple[str, list[str]]] = {
-    "grpo": ("GRPO", ["--method", "grpo", *SLOW]),
+Runs = dict[str, tuple[str, list[str]]]  # name: what tables call it, arguments of `mopd train`
+SUM = ["--config", str(ROOT / "examples/smollm2.yaml")]
+SLOW = [*SUM, "--training.learning_rate", "1e-5"]
+METHODS: Runs = {
+    "grpo": ("GRPO", [*SLOW, "--method", "grpo"]),
     "mopd-2s": ("MOPD 2s", SLOW),
-    "mopd-2s-fast": ("MOPD 2s, lr 4e-5 (make train)", []),
-    "mopd-2s1f": ("MOPD 2s1f", ["--context.context", "2s1f", *SLOW]),
-    "sdpo": ("SDPO", ["--method", "sdpo", *SLOW]),
-    "opd": ("OPD, trained teacher", ["--method", "opd", "--distillation.teacher_regularization", "frozen", *SLOW]),
+    "mopd-2s-fast": ("MOPD 2s, lr 4e-5 (make train)", SUM),
+    "mopd-2s1f": ("MOPD 2s1f", [*SLOW, "--context.context", "2s1f"]),
+    "sdpo": ("SDPO", [*SLOW, "--method", "sdpo"]),
+    "opd": ("OPD, trained teacher", [*SLOW, "--method", "opd", "--distillation.teacher_regularization", "frozen"]),
 }
 TEACHER_OF_OPD = "grpo-0"
 COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#999999", "#CC79A7")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--config", type=Path, default=ROOT / "examples/smollm2.yaml")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/methods", help="where runs are kept")
+    add_runs(parser, "methods", METHODS, seeds=[0, 1, 2])
+
+
+def add_runs(parser: argparse.ArgumentParser, name: str, table: Runs, seeds: list[int]) -> None:
+    parser.add_argument("--only", nargs="+", choices=table, default=list(table), help="these runs (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / name, help="where runs are kept")
     parser.add_argument("--collect", action="store_true", help="start no run")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
-    parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--out", type=Path, default=ROOT / f"bench/results/{name}.json", help="results file")
+    parser.add_argument("--plot", type=Path, default=ROOT / f"docs/img/{name}.png")
+    parser.set_defaults(table=table)
 
 
 def main(options: argparse.Namespace) -> int:
+    table: Runs = options.table
     if not options.collect:
         for seed in options.seeds:
-            for method in options.method:
-                train(method, seed, options)
+            for name in options.only:
+                train(name, seed, options)
     runs = {
-        method: [found for seed in options.seeds if (found := collected(options.runs / f"{method}-{seed}"))]
-        for method in options.method
+        name: [found for seed in options.seeds if (found := collected(options.runs / f"{name}-{seed}"))]
+        for name in options.only
     }
-    runs = {method: found for method, found in runs.items() if found}
+    runs = {name: found for name, found in runs.items() if found}
     if not runs:
-        raise FileNotFoundError(f"{options.runs} holds no finished run of {options.method}, seeds {options.seeds}")
+        raise FileNotFoundError(f"{options.runs} holds no finished run of {options.only}, seeds {options.seeds}")
     record = {"when": str(date.today()), "cpu": processor(), "runs": runs}
     options.out.write_text(json.dumps(record, indent=1) + "\n")
-    plot(runs, options.plot)
-    print(markdown(runs))
+    labels = {name: table[name][0] for name in runs}
+    plot(runs, labels, options.plot)
+    print(markdown(runs, labels))
     return 0
 
 
-def train(method: str, seed: int, options: argparse.Namespace) -> None:
+def train(name: str, seed: int, options: argparse.Namespace) -> None:
     """One run, unless it is there already; what it used at its peak is kept beside it."""
-    folder = options.runs / f"{method}-{seed}"
+    folder = options.runs / f"{name}-{seed}"
     if collected(folder):
         return
-    changes = METHODS[method][1]
-    if method == "opd":
+    arguments = options.table[name][1]
+    if name == "opd":
         found = checkpoints(options.runs / TEACHER_OF_OPD)
         if not found:
             raise FileNotFoundError(
                 f"{options.runs / TEACHER_OF_OPD} has no checkpoint for OPD's teacher: run grpo first"
             )
-        changes = [*changes, "--distillation.teacher_model_name_or_path", str(found[-1])]
-    command = [sys.executable, "-m", "mopd_train", "train", "--config", str(options.config),
-               "--training.output_dir", str(folder), "--training.seed", str(seed),
-               "--training.overwrite_output_dir", "true", *changes]  # fmt: skip
+        arguments = [*arguments, "--distillation.teacher_model_name_or_path", str(found[-1])]
+    command = [sys.executable, "-m", "mopd_train", "train", *arguments, "--training.output_dir", str(folder),
+               "--training.seed", str(seed), "--training.overwrite_output_dir", "true"]  # fmt: skip
     process = os.spawnv(os.P_NOWAIT, command[0], command)
     _, status, usage = os.wait4(process, 0)
     if status != 0:
@@ -115,18 +120,18 @@ def collected(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
+def markdown(runs: dict[str, list[dict[str, Any]]], labels: dict[str, str]) -> str:
     lines = [
-        "| method | seeds | mean@8 before | mean@8 after, each seed | mean | pass@8 after, each seed | s/step | peak |",
+        "| run | seeds | mean@8 before | mean@8 after, each seed | mean | pass@8 after, each seed | s/step | peak |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method, found in runs.items():
+    for name, found in runs.items():
         after = [run["mean_at_k"][1] for run in found]
         passed = [run["pass_at_k"][1] for run in found]
         peaks = [run["peak_bytes"] for run in found if run["peak_bytes"] is not None]
         peak = f"{max(peaks) / 1e9:.1f} GB" if peaks else "not measured"
         lines.append(
-            f"| {METHODS[method][0]} | {len(found)} | {found[0]['mean_at_k'][0]:.3f} | {listed(after)} "
+            f"| {labels[name]} | {len(found)} | {found[0]['mean_at_k'][0]:.3f} | {listed(after)} "
             f"| **{statistics.mean(after):.3f}** | {listed(passed)} "
             f"| {statistics.median(run['seconds_per_step'] for run in found):.1f} "
             f"| {peak} |"
@@ -138,16 +143,16 @@ def listed(values: list[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 
-def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot(runs: dict[str, list[dict[str, Any]]], labels: dict[str, str], path: Path) -> None:
     """Mean reward of the rollouts of each step, averaged over seeds, with the range of the seeds; and held-out ends."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     curve, ends = figure.subplots(1, 2, width_ratios=(2, 1))
-    for color, (method, found) in zip(COLORS, runs.items(), strict=False):
+    for color, (name, found) in zip(COLORS, runs.items(), strict=False):
         rewards = list(zip(*(smooth(run["reward"]) for run in found), strict=True))
         steps = range(1, len(rewards) + 1)
-        curve.plot(steps, [statistics.mean(row) for row in rewards], color=color, label=METHODS[method][0])
+        curve.plot(steps, [statistics.mean(row) for row in rewards], color=color, label=labels[name])
         curve.fill_between(steps, [min(row) for row in rewards], [max(row) for row in rewards], color=color, alpha=0.15)
     for place, found in enumerate(runs.values()):
         for run in found:

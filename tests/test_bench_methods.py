@@ -47,7 +47,7 @@ def test_no_finished_run_is_an_error(tmp_path):
 
 def test_opd_without_its_teacher_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="run grpo first"):
-        main(["methods", "--method", "opd", "--seeds", "0", "--runs", str(tmp_path)])
+        main(["methods", "--only", "opd", "--seeds", "0", "--runs", str(tmp_path)])
 
 
 def test_sdpo_table_gives_ratios_of_medians():
