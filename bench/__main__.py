@@ -12,6 +12,7 @@ COMMANDS = {
     "gpu": "measure on this machine's GPU: ours, dense, torch.compile, Liger, CCE",
     "methods": "learning curves of methods and contexts on the embedded task",
     "families": "one short training run for each task family",
+    "sandbox": "running untrusted code apart: what a session costs, and sessions a second",
     "sdpo": "a training step by this trainer and by TRL's SDPO trainer: time by phase and memory",
     "tree": "scoring, training and sampling over prefix trees against the plain way of transformers",
 }
