@@ -23,6 +23,12 @@ from mopd_train.checkpoint import what_is_damaged
 from tests.train.launch import ROOT, environment
 from tests.train.test_evaluate import write_rows
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d",
+                 "--rdzv-endpoint", "localhost:0"],
+    "accelerate launch": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                          "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"],
+}  # fmt: skip
 SHARDED = ("--model.sharding", "fsdp")
 SPLIT = ("--model.vocab_parallel", "2")
 # Two sums of float32 in another order; a norm over 10^6 float32 squares is itself off by some 10^-6.
@@ -122,13 +128,13 @@ def test_resumes_on_another_number_of_processes(warm, halting_model, alone, tmp_
     assert_same_run(folder, alone)
 
 
-@pytest.mark.skipif("MOPD_KILLS" not in os.environ, reason="starts three interpreters: run by make test-faults")
-def test_a_killed_process_ends_the_job_and_leaves_the_last_checkpoint(halting_model, alone, tmp_path):
-    """Under the real torchrun: the other process fails in its next collective, torchrun says which one was killed."""
+@pytest.mark.skipif("MOPD_KILLS" not in os.environ, reason="starts interpreters: run by make test-faults")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_killed_process_ends_the_job_and_leaves_the_last_checkpoint(launcher, halting_model, alone, tmp_path):
+    """The other process fails in its next collective; the launcher says which one was killed."""
     folder = tmp_path / "run"
     line = arguments(halting_model, folder, write_rows(tmp_path), "--training.max_steps", "4000")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "mopd_train"]  # fmt: skip
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "mopd_train"]
     job = subprocess.Popen(
         [*command, *line], cwd=ROOT, env={**environment(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -151,7 +157,7 @@ def test_a_killed_process_ends_the_job_and_leaves_the_last_checkpoint(halting_mo
 
 
 def _children(pid: int) -> list[int]:
-    """The worker processes of torchrun, oldest first."""
+    """The worker processes of the launcher, oldest first."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return sorted(int(child) for child in text.split() if b"mopd_train" in Path(f"/proc/{child}/cmdline").read_bytes())
 
