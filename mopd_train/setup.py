@@ -97,7 +97,8 @@ def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -
         first_step = checkpoint.step_of(resume)
         checkpoint.load_optimizer(resume, student, optimizer, scheduler)
     ranks.on_main(lambda: claim(folder, config, resuming))
-    accelerator.log_with = trackers.build(settings, first_step)
+    run_id = ranks.on_main(lambda: trackers.identity(folder))
+    accelerator.log_with = trackers.build(config, first_step, run_id)
     accelerator.init_trackers(trackers.PROJECT)
     return Run(
         config, folder, accelerator, ranks, engine, rollouts, task, tokenizer, student, teacher, optimizer, scheduler,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import secrets
 from pathlib import Path
 from typing import Any
 
-from .config import TrainingConfig
+from .config import Config, TrainingConfig
+from .files import read_json, write_json
 
 PROJECT = "mopd"  # of wandb and trackio
+IDENTITY = "tracking.json"
 UPLOADED_NEVER = ("optimizer/*", "teacher/*", "trainer_state.json")
 
 
@@ -27,16 +30,29 @@ def check(settings: TrainingConfig) -> None:
             )
 
 
-def build(settings: TrainingConfig, first_step: int) -> list[Any]:
+def identity(folder: Path) -> str:
+    """What wandb and trackio know this run by: drawn once and kept in its folder, so a resumed run goes on there."""
+    path = folder / IDENTITY
+    if not path.is_file():
+        write_json(path, {"id": f"{folder.resolve().name}-{secrets.token_hex(4)}"})
+    return str(read_json(path)["id"])
+
+
+def build(config: Config, first_step: int, run_id: str) -> list[Any]:
     """accelerate's trackers. Tensorboard drops what an interrupted run wrote past `first_step`."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker
 
+    folder = config.training.output_dir
+    own: dict[str, dict[str, Any]] = {
+        "wandb": {"id": run_id, "name": Path(folder).resolve().name, "dir": folder},
+        "trackio": {"name": run_id},
+    }
     built: list[Any] = []
-    for name in settings.report_to:
+    for name in config.training.report_to:
         if name == "tensorboard":
-            built.append(TensorBoardTracker("tensorboard", settings.output_dir, purge_step=first_step + 1))
+            built.append(TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1))
         elif name != "jsonl":
-            built.append(LOGGER_TYPE_TO_CLASS[name](PROJECT))
+            built.append(LOGGER_TYPE_TO_CLASS[name](PROJECT, config=config.as_dict(), resume="allow", **own[name]))
     return built
 
 

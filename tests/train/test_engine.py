@@ -202,9 +202,25 @@ def test_settings_that_cannot_work_are_refused(monkeypatch):
 
 
 def test_trackers_are_accelerates_and_jsonl_is_none(tmp_path):
-    built = trackers.build(TrainingConfig(output_dir=str(tmp_path), report_to=["jsonl", "tensorboard"]), first_step=3)
+    config = Config()
+    config.training.output_dir, config.training.report_to = str(tmp_path), ["jsonl", "tensorboard"]
+    built = trackers.build(config, first_step=3, run_id="mine-1")
     assert [tracker.name for tracker in built] == ["tensorboard"]
     assert built[0].init_kwargs == {"purge_step": 4}
+
+
+def test_a_resumed_run_is_the_same_to_its_trackers(tmp_path, monkeypatch):
+    name = trackers.identity(tmp_path)
+    assert name == trackers.identity(tmp_path) != trackers.identity(tmp_path.parent)
+    assert name.startswith(tmp_path.name)
+    config = Config()
+    config.training.output_dir, config.training.report_to = str(tmp_path), ["wandb", "trackio"]
+    kinds = {kind: lambda project, **started: (project, started) for kind in config.training.report_to}
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", kinds)
+    (_, wandb), (_, trackio) = trackers.build(config, 0, name)
+    assert wandb.pop("config") == trackio.pop("config") == config.as_dict()
+    assert wandb == {"id": name, "resume": "allow", "name": tmp_path.name, "dir": str(tmp_path)}
+    assert trackio == {"name": name, "resume": "allow"}
 
 
 def test_a_push_uploads_the_model_and_not_the_optimizer(tmp_path, monkeypatch):
