@@ -35,11 +35,15 @@ METHODS: Runs = {
     "mopd-2s": ("MOPD 2s", SLOW),
     "mopd-2s-fast": ("MOPD 2s, lr 4e-5 (make train)", SUM),
     "mopd-2s1f": ("MOPD 2s1f", [*SLOW, "--context.context", "2s1f"]),
+    "mopd-2s1f-bare": (
+        "MOPD 2s1f, failure marked by one word",
+        [*SLOW, "--context.context", "2s1f", "--context.failure_template", "\nWrong: {text}"],
+    ),
     "sdpo": ("SDPO", [*SLOW, "--method", "sdpo"]),
     "opd": ("OPD, trained teacher", [*SLOW, "--method", "opd", "--distillation.teacher_regularization", "frozen"]),
 }
 TEACHER_OF_OPD = "grpo-0"
-COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#999999", "#CC79A7")
+COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#999999", "#CC79A7", "#E69F00")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
