@@ -10,6 +10,7 @@ Legend: N tokens, V vocabulary rows of the parameter, H hidden, K contexts, R = 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, get_type_hints
@@ -28,7 +29,7 @@ from .vocab_parallel import Part, Ranks
 
 
 class DivergenceArguments(NamedTuple):
-    """One call of `linear_divergence`. The tensors with gradients come first, see `_gradients_of`."""
+    """One call of `linear_divergence`. The tensors with gradients come first."""
 
     student_hidden: Tensor  # (N, Hs)
     student_weight: Tensor  # (Vs, Hs)
@@ -91,7 +92,19 @@ def _operator(name: str, arguments: type, returns: int, extra: str = "") -> Call
     fields = [f"Tensor {tensor}" for tensor in extra.split()] + fields
     results = ", ".join(["Tensor"] * returns)
     schema = f"({', '.join(fields)}) -> {results if returns == 1 else f'({results})'}"
-    return custom_op(f"mopd::{name}", mutates_args=(), schema=schema)
+    return lambda body: custom_op(f"mopd::{name}", mutates_args=(), schema=schema)(_alone(body))
+
+
+def _alone(body: Operator) -> Operator:
+    """`body` without autocast, which would lower some of its products but not the buffers they are written to, and
+    with its tensors' device as the current one, on which Triton launches."""
+
+    @functools.wraps(body)
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False), torch.cuda.device_of(arguments[0]):
+            return body(*arguments)
+
+    return run  # type: ignore[return-value]
 
 
 @_operator("divergence_with_grads", DivergenceArguments, returns=5)
