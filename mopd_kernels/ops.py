@@ -55,17 +55,19 @@ def linear_divergence(
     labels: adds the labels' log-probs under both sides to the result; tokens labelled -100 are left out.
     token_weights: constants, known up front. Tokens of weight 0 are dropped before any product.
     context_weights: non-negative; divided by their sum over K, so that the teacher is the arithmetic mixture
-        p = Σ_k w_k p_k of the contexts' distributions. Default: equal weights. Costs 3 Hs + K Ht, not K (3 Hs + Ht).
+        p = Σ_k w_k p_k of the contexts' distributions. Default: equal weights. A sum of 0 on a token that counts is
+        refused on CPU, and NaN on an accelerator. Costs 3 Hs + K Ht, not K (3 Hs + Ht).
     top_k: the divergence on the student's k largest entries, both sides normalised by their full logsumexp; the
         rest is one more entry log(1 - Σ) (`add_tail`), or left out and both sides renormalised. With
         Execution.grad_filter the filter then sees the gradient behind the softcap.
-    normalizer: what "mean" divides by, e.g. the global token count; default: tokens that were not left out.
+    normalizer: > 0, what "mean" divides by, e.g. the global token count; default: tokens that were not left out.
 
     Heads with a VocabShard share their vocabulary over ranks; all ranks call this together and get equal
     results, the hidden gradient summed over ranks and their own rows' weight gradients.
 
     Gradients reach student_hidden and the student head's weight and bias, once (no double backward). Teacher
-    tensors, labels and weights are constants. Sums are accumulated in float32 (float64 for float64 inputs).
+    tensors, labels and weights are constants. Hidden states, weights and biases of both sides have one dtype and
+    device. Sums are accumulated in float32 (float64 for float64 inputs), under autocast as well.
     Raises ValueError or TypeError for inputs that do not fit together, before any work.
 
     Sources: arXiv 2306.13649 (generalised JSD), arXiv 2605.12652 (MOPD).
