@@ -27,7 +27,9 @@ constexpr int LEVEL_COUNT = sizeof LEVELS / sizeof *LEVELS;
 bool runs(int level) {
 #if defined(MOPD_X86)
     if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (level == 2) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    if (level == 2)  // every flag that CMakeLists.txt builds it with: the compiler may use any of them
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
 #endif
     return level == 0;
 }
@@ -111,11 +113,12 @@ Kept<T> kept(mopd_plane values, mopd_plane tokens, const std::int32_t* counts) {
     return {plane<T>(values), plane<T>(tokens), const_cast<std::int32_t*>(counts)};
 }
 
-// Vocabulary rows cut into PARTITIONS of about equal numbers of entries.
+// Vocabulary rows cut into at most PARTITIONS + 1 of about equal numbers of entries; none where there are no entries.
 std::vector<Range> by_entries(const std::int32_t* counts, std::int64_t rows) {
     std::int64_t total = 0, seen = 0, first = 0;
     for (std::int64_t v = 0; v < rows; ++v) total += counts[v];
     std::vector<Range> parts;
+    if (total == 0) return parts;
     for (std::int64_t v = 0; v < rows; ++v) {
         seen += counts[v];
         if (seen * PARTITIONS < total * std::int64_t(parts.size() + 1) && v + 1 < rows) continue;

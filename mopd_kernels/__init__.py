@@ -1,6 +1,7 @@
 """Fused teacher-student losses and log-probs over large vocabularies: hidden states in, logits never whole."""
 
 from .mixing import contrastive_hidden, trust_region_teacher
+from .model_heads import softcap_of
 from .ops import grouped_logprobs, linear_divergence, linear_logprobs
 from .prefix_tree import PrefixTree
 from .spec import Divergence, Execution, LMHead, LogProbs, VocabShard
@@ -16,5 +17,6 @@ __all__ = [
     "grouped_logprobs",
     "linear_divergence",
     "linear_logprobs",
+    "softcap_of",
     "trust_region_teacher",
 ]

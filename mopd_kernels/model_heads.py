@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .spec import LMHead, VocabShard
 
+# What models call the bound of their logits: Gemma and many after it, RecurrentGemma, xLSTM.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # What models call the factor between lm_head and softcap: Cohere, Falcon-H1, Muse; Granite and MiniCPM3 divide.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISOR = "logits_scaling"
@@ -21,8 +23,7 @@ SCALE_UNUSED = ("mpt",)  # its configuration has a logit_scale that its model ig
 
 def head_of(model: Any) -> LMHead:
     """See LMHead.from_model."""
-    while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
-        model = model.module
+    model = unwrapped(model, "get_output_embeddings")
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weight, bias = _parameters(model, module)
     config = model.config.get_text_config()
@@ -30,11 +31,23 @@ def head_of(model: Any) -> LMHead:
     return LMHead(
         weight=weight,
         bias=bias,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=softcap_of(config),
         scale=_scale(config),
         vocab_size=vocab_size,
         shard=shard,
     )
+
+
+def unwrapped(model: Any, method: str) -> Any:
+    """The model itself, out of wrappers such as DDP that have a `module` in the place of the method."""
+    while not hasattr(model, method) and hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def softcap_of(config: Any) -> float | None:
+    """The bound that a model of this text configuration puts on its logits, by tanh; None without one."""
+    return next((cap for name in SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
 
 
 def _scale(config: Any) -> float:

@@ -10,6 +10,7 @@ Legend: N tokens, V vocabulary rows of the parameter, H hidden, K contexts, R = 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, get_type_hints
@@ -28,7 +29,7 @@ from .vocab_parallel import Part, Ranks
 
 
 class DivergenceArguments(NamedTuple):
-    """One call of `linear_divergence`. The tensors with gradients come first, see `_gradients_of`."""
+    """One call of `linear_divergence`. The tensors with gradients come first."""
 
     student_hidden: Tensor  # (N, Hs)
     student_weight: Tensor  # (Vs, Hs)
@@ -71,6 +72,8 @@ class LogprobArguments(NamedTuple):
     needs: list[bool]
 
 
+TILES = "divergence_products"  # what a backend has that never forms logits
+
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -91,7 +94,19 @@ def _operator(name: str, arguments: type, returns: int, extra: str = "") -> Call
     fields = [f"Tensor {tensor}" for tensor in extra.split()] + fields
     results = ", ".join(["Tensor"] * returns)
     schema = f"({', '.join(fields)}) -> {results if returns == 1 else f'({results})'}"
-    return custom_op(f"mopd::{name}", mutates_args=(), schema=schema)
+    return lambda body: custom_op(f"mopd::{name}", mutates_args=(), schema=schema)(_alone(body))
+
+
+def _alone(body: Operator) -> Operator:
+    """`body` without autocast, which would lower some of its products but not the buffers they are written to, and
+    with its tensors' device as the current one, on which Triton launches."""
+
+    @functools.wraps(body)
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False), torch.cuda.device_of(arguments[0]):
+            return body(*arguments)
+
+    return run  # type: ignore[return-value]
 
 
 @_operator("divergence_with_grads", DivergenceArguments, returns=5)
@@ -141,7 +156,7 @@ def logprobs_backward(grads: Tensor, result: Tensor, *arguments: Any) -> tuple[T
 
 def _loop(problem: DivergenceProblem | LogprobProblem, over_chunks: ModuleType) -> ModuleType:
     """The loop over chunks of logits, or `tiled` for a backend that never forms them."""
-    return tiled if hasattr(problem.backend, "divergence_products") else over_chunks
+    return tiled if hasattr(problem.backend, TILES) else over_chunks
 
 
 def _divergence_problem(a: DivergenceArguments, agree: bool = True) -> DivergenceProblem:
@@ -151,6 +166,7 @@ def _divergence_problem(a: DivergenceArguments, agree: bool = True) -> Divergenc
     kept = _kept(hidden, labels, a.token_weights)
     buffers = 2 if a.context_weights is None else 3
     columns = student.weight.size(0)
+    backend = _backend(a, columns, ranks if agree else Ranks())
     chunk = chunked.chunk_rows(kept.numel(), columns, hidden, a.chunk_tokens, a.memory_budget, buffers)
     if agree and ranks.group is not None:
         facts = _facts(a, ("alpha", "top_k", "add_tail"), kept) | {
@@ -159,6 +175,8 @@ def _divergence_problem(a: DivergenceArguments, agree: bool = True) -> Divergenc
             "temperature": a.student_logits[2],
             "teacher temperature": a.teacher_logits[2],
             "context_weights given": a.context_weights is not None,
+            "context_weights (checksum)": _checksum(a.context_weights),
+            "token_weights (checksum)": _checksum(a.token_weights),
         }
         chunk = ranks.agree("divergence", facts, Part(a.start, columns, a.vocabulary, chunk), hidden.device)
     return DivergenceProblem(
@@ -172,7 +190,7 @@ def _divergence_problem(a: DivergenceArguments, agree: bool = True) -> Divergenc
         alpha=a.alpha,
         top_k=min(a.top_k, a.vocabulary),
         add_tail=a.add_tail,
-        backend=_backend(a.backend, hidden, columns),
+        backend=backend,
         ranks=ranks,
         chunk=chunk,
         grad_filter=a.grad_filter,
@@ -183,16 +201,17 @@ def _logprob_problem(a: LogprobArguments, agree: bool = True) -> LogprobProblem:
     hidden, ranks = a.hidden, Ranks.named(a.group)
     head, kept = _projection(a.weight, a.bias, a.logits, a), _kept(hidden, a.labels, None)
     columns = head.weight.size(0)
+    backend = _backend(a, columns, ranks if agree else Ranks())
     chunk = chunked.chunk_rows(kept.numel(), columns, hidden, a.chunk_tokens, a.memory_budget, buffers=1)
     if agree and ranks.group is not None:
         facts = _facts(a, (), kept) | {"temperature": a.logits[2]}
         chunk = ranks.agree("logprobs", facts, Part(a.start, columns, a.vocabulary, chunk), hidden.device)
-    return LogprobProblem(hidden, head, a.labels, kept, _backend(a.backend, hidden, columns), ranks, chunk)
+    return LogprobProblem(hidden, head, a.labels, kept, backend, ranks, chunk)
 
 
 def _facts(a: DivergenceArguments | LogprobArguments, names: tuple[str, ...], kept: Tensor) -> dict[str, float]:
     """Numbers that ranks sharing a vocabulary must have in common."""
-    hidden, labels = a[0], a.labels
+    hidden = a[0]
     place = torch.arange(1, hidden.size(0) + 1, device=hidden.device)
     return {name: getattr(a, name) for name in names} | {
         "number of tokens": hidden.size(0),
@@ -200,15 +219,33 @@ def _facts(a: DivergenceArguments | LogprobArguments, names: tuple[str, ...], ke
         "dtype (bytes)": hidden.element_size(),
         "number of kept tokens": kept.numel(),
         "kept tokens (checksum)": int(place[kept].sum()),
-        "labels given": labels is not None,
-        "labels (checksum)": 0 if labels is None else int((labels * place).sum()),
+        "labels given": a.labels is not None,
+        "labels (checksum)": _checksum(a.labels),
         "need of a gradient of hidden": a.needs[0],
     }
 
 
-def _backend(name: str, hidden: Tensor, columns: int) -> Any:
-    """A rank without valid rows has nothing that a kernel could be launched on."""
-    return backends.pick(name if columns > 0 else "eager", hidden)
+def _checksum(values: Tensor | None) -> int:
+    """Of the bits, in order and exact: a sum of floats would depend on the device."""
+    if values is None:
+        return 0
+    bits = values.contiguous().view({4: torch.int32, 8: torch.int64}[values.element_size()]).flatten().long()
+    return int((bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum())
+
+
+def _backend(a: DivergenceArguments | LogprobArguments, columns: int, ranks: Ranks) -> ModuleType:
+    """The backend, which takes this problem; `ranks` that are about to agree hear of a refusal. A rank without valid
+    rows has nothing that a kernel could be launched on."""
+    try:
+        backend = backends.pick(a.backend if columns > 0 else "eager", a[0])
+        if hasattr(backend, "require"):
+            backend.require(a[0])
+        if hasattr(backend, TILES) and isinstance(a, DivergenceArguments):
+            tiled.require(a.top_k, a.context_weights)
+    except Exception:
+        ranks.refuse(a[0].device)
+        raise
+    return backend
 
 
 def _projection(

@@ -55,48 +55,52 @@ def linear_divergence(
     labels: adds the labels' log-probs under both sides to the result; tokens labelled -100 are left out.
     token_weights: constants, known up front. Tokens of weight 0 are dropped before any product.
     context_weights: non-negative; divided by their sum over K, so that the teacher is the arithmetic mixture
-        p = Σ_k w_k p_k of the contexts' distributions. Default: equal weights. Costs 3 Hs + K Ht, not K (3 Hs + Ht).
+        p = Σ_k w_k p_k of the contexts' distributions. Default: equal weights. A sum of 0 on a token that counts is
+        refused on CPU, and NaN on an accelerator. Costs 3 Hs + K Ht, not K (3 Hs + Ht).
     top_k: the divergence on the student's k largest entries, both sides normalised by their full logsumexp; the
         rest is one more entry log(1 - Σ) (`add_tail`), or left out and both sides renormalised. With
         Execution.grad_filter the filter then sees the gradient behind the softcap.
-    normalizer: what "mean" divides by, e.g. the global token count; default: tokens that were not left out.
+    normalizer: > 0, what "mean" divides by, e.g. the global token count; default: tokens that were not left out.
 
     Heads with a VocabShard share their vocabulary over ranks; all ranks call this together and get equal
     results, the hidden gradient summed over ranks and their own rows' weight gradients.
 
     Gradients reach student_hidden and the student head's weight and bias, once (no double backward). Teacher
-    tensors, labels and weights are constants. Sums are accumulated in float32 (float64 for float64 inputs).
+    tensors, labels and weights are constants. Hidden states, weights and biases of both sides have one dtype and
+    device. Sums are accumulated in float32 (float64 for float64 inputs), under autocast as well.
     Raises ValueError or TypeError for inputs that do not fit together, before any work.
 
     Sources: arXiv 2306.13649 (generalised JSD), arXiv 2605.12652 (MOPD).
     """
     execution = execution or Execution()
-    student, teacher = checks.as_head(student_head), checks.as_head(teacher_head)
 
-    def checked() -> DivergenceArguments:
+    def checked() -> tuple[DivergenceArguments, str]:
+        student, teacher = checks.as_head(student_head), checks.as_head(teacher_head)
         checks.choice("reduction", reduction, REDUCTIONS)
         checks.between("alpha", alpha)
         checks.positive("temperature", temperature)
         checks.positive("teacher_temperature", temperature if teacher_temperature is None else teacher_temperature)
         checks.top_k(top_k)
+        checks.normalizer(normalizer)
         checks.hidden("student_hidden", student_hidden, student)
         checks.hidden("teacher_hidden", teacher_hidden, teacher)
+        checks.one_kind(student_hidden, teacher_hidden)
         checks.token_weights(token_weights)
         batch = student_hidden.shape[:-1]
         vocabulary = checks.common_vocabulary(student, teacher)
-        contexts, weights = checks.contexts(teacher_hidden.detach(), context_weights, batch)
-        flat_labels = checks.flat("labels", labels, batch)
-        checks.labels(flat_labels, vocabulary)
-        flat_weights = checks.flat("token_weights", token_weights, batch)
+        flat_labels = checks.flat("labels", labels, student_hidden)
+        flat_weights = checks.flat("token_weights", token_weights, student_hidden)
+        kept = None if context_weights is None else checks.kept_mask(flat_labels, flat_weights)
+        contexts, weights = checks.contexts(teacher_hidden.detach(), context_weights, batch, kept)
         dtype = accumulation_dtype(student_hidden.dtype)
-        return DivergenceArguments(
+        arguments = DivergenceArguments(
             student_hidden=student_hidden.flatten(0, -2),
             student_weight=student.weight,
             student_bias=student.bias,
             teacher_hidden=contexts,
             teacher_weight=teacher.weight.detach(),
             teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
-            labels=flat_labels,
+            labels=None if flat_labels is None else checks.labels(flat_labels, vocabulary),
             token_weights=None if flat_weights is None else flat_weights.to(dtype),
             context_weights=None if weights is None else weights.to(dtype),
             student_logits=_logits(student, temperature),
@@ -113,9 +117,9 @@ def linear_divergence(
             grad_filter=execution.grad_filter,
             needs=checks.needs_grad(student_hidden, student),
         )
+        return arguments, checks.save(execution, reduction, student_hidden.dtype)
 
-    arguments = _together(checked, student)
-    save = checks.save(execution, reduction)
+    arguments, save = _together(checked, student_head, teacher_head)
     loss, rows = _weighted_divergence(arguments, save, reduction == "none")
     batch = student_hidden.shape[:-1]
     if reduction == "none":
@@ -152,28 +156,27 @@ def linear_logprobs(
     `linear_divergence`.
     """
     execution = execution or Execution()
-    head = checks.as_head(head)
 
     def checked() -> LogprobArguments:
+        given = checks.as_head(head)
         checks.positive("temperature", temperature)
-        checks.hidden("hidden", hidden, head)
-        flat_labels = checks.flat("labels", labels, hidden.shape[:-1])
+        checks.hidden("hidden", hidden, given)
+        flat_labels = checks.flat("labels", labels, hidden)
         assert flat_labels is not None
-        vocabulary = head.vocab_size or head.weight.size(0)
-        checks.labels(flat_labels, vocabulary)
+        vocabulary = given.vocab_size or given.weight.size(0)
         return LogprobArguments(
             hidden=hidden.flatten(0, -2),
-            weight=head.weight,
-            bias=head.bias,
-            labels=flat_labels,
-            logits=_logits(head, temperature),
+            weight=given.weight,
+            bias=given.bias,
+            labels=checks.labels(flat_labels, vocabulary),
+            logits=_logits(given, temperature),
             vocabulary=vocabulary,
-            start=0 if head.shard is None else head.shard.start,
-            group=_group(head),
+            start=0 if given.shard is None else given.shard.start,
+            group=_group(given),
             backend=execution.backend or "",
             chunk_tokens=execution.chunk_tokens or 0,
             memory_budget=execution.memory_budget or 0,
-            needs=checks.needs_grad(hidden, head),
+            needs=checks.needs_grad(hidden, given),
         )
 
     result = operators.logprobs(*_together(checked, head))
@@ -189,11 +192,15 @@ def grouped_logprobs(
     execution: Execution | None = None,
 ) -> LogProbs:  # of (K, N) or (K, ...)
     """`linear_logprobs` of the same labels under K contexts: the labels are given once."""
-    if hidden.ndim < 3 or labels.shape != hidden.shape[1:-1]:
-        raise ValueError(
-            f"expected hidden (K, ..., H) and labels (...), got {tuple(hidden.shape)} and {tuple(labels.shape)}"
-        )
-    return linear_logprobs(hidden, head, labels.expand(hidden.shape[:-1]), temperature=temperature, execution=execution)
+
+    def repeated() -> Tensor:
+        if hidden.ndim < 3 or labels.shape != hidden.shape[1:-1]:
+            raise ValueError(
+                f"expected hidden (K, ..., H) and labels (...), got {tuple(hidden.shape)} and {tuple(labels.shape)}"
+            )
+        return labels.expand(hidden.shape[:-1])
+
+    return linear_logprobs(hidden, head, _together(repeated, head), temperature=temperature, execution=execution)
 
 
 def _weighted_divergence(arguments: DivergenceArguments, save: str, per_token: bool) -> tuple[Tensor, Tensor]:
@@ -207,13 +214,14 @@ def _weighted_divergence(arguments: DivergenceArguments, save: str, per_token: b
     return weighted if per_token else weighted.sum(), rows
 
 
-def _together(checked: Callable[[], Arguments], head: LMHead) -> Arguments:
+def _together(checked: Callable[[], Arguments], *heads: LMHead | Tensor) -> Arguments:
     """The checked arguments; if this rank refuses them, the ranks that it shares a vocabulary with hear of it."""
     try:
         return checked()
     except (TypeError, ValueError):
-        if head.shard is not None:
-            vocab_parallel.refuse(head.shard.group, head.weight.device)
+        shared = [head for head in heads if isinstance(head, LMHead) and head.shard is not None]
+        if shared:
+            vocab_parallel.refuse(shared[0].shard.group, shared[0].weight.device)  # type: ignore[union-attr]
         raise
 
 

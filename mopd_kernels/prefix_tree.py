@@ -162,6 +162,7 @@ class PrefixTree:
 
         The trunk alone runs: no lm_head, no logits. Equal to one forward per sequence up to rounding, and so are the
         gradients. Models that cannot follow a tree run one sequence each, with one log line (tree_forward.py).
+        A wrapper's own forward is not run, so DDP does not average these gradients over processes: do it yourself.
         The result is kept in `hidden` until the next forward or `release`.
         """
         from .tree_forward import forward_tree
@@ -183,7 +184,8 @@ class PrefixTree:
 
     def gather_many(self, spans: Sequence[tuple[int, int, int]], *, hidden: Tensor | None = None) -> Tensor:
         """Hidden states (N, H) of [(i, start, stop), ...], concatenated: one gather, so one scatter in backward."""
-        return self._hidden(hidden).index_select(0, torch.cat([self.rows(*span) for span in spans]))
+        rows = torch.cat([self.ids.new_empty(0), *(self.rows(*span) for span in spans)])
+        return self._hidden(hidden).index_select(0, rows)
 
     def _hidden(self, hidden: Tensor | None) -> Tensor:
         hidden = self.hidden if hidden is None else hidden
@@ -199,7 +201,9 @@ def _sort(sequences: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     if not len(sequences):
         raise ValueError("expected at least one sequence, got none")
     for i, tokens in enumerate(sequences):
-        if tokens.dim() != 1 or not len(tokens) or tokens.is_floating_point():
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"expected sequence {i} to be a tensor of token ids, got {type(tokens).__name__}")
+        if tokens.dim() != 1 or not len(tokens) or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(
                 f"expected sequence {i} to be a non-empty 1-D integer tensor, "
                 f"got shape {tuple(tokens.shape)} and dtype {tokens.dtype}"

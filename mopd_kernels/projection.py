@@ -96,8 +96,8 @@ class Buffers:
 class Gradients:
     """dH by chunk and dW, db accumulated over chunks in float32 (float64 for float64).
 
-    dW and db have all rows of their parameters; padding rows stay 0. dW is written by its first chunk, not zeroed
-    before: it may be larger than all the buffers.
+    All are contiguous. dW and db have all rows of their parameters; padding rows stay 0. dW is written by its first
+    chunk, not zeroed before: it may be larger than all the buffers.
     """
 
     hidden: Tensor | None  # (N, H)
@@ -109,7 +109,7 @@ class Gradients:
     def empty(cls, hidden: Tensor, head: Projection, needs: Needs) -> Gradients:
         dtype, rows = accumulation_dtype(hidden.dtype), head.parameter_rows
         return cls(
-            torch.zeros_like(hidden) if needs[0] else None,
+            hidden.new_zeros(hidden.shape) if needs[0] else None,
             hidden.new_empty(rows, hidden.size(1), dtype=dtype) if needs[1] else None,
             hidden.new_zeros(rows, dtype=dtype) if needs[2] else None,
         )
@@ -150,7 +150,7 @@ class Gradients:
         if self.first and self.weight is not None:
             self.weight.zero_()
             self.first = False
-        grad_hidden = None if self.hidden is None else torch.empty_like(hidden)
+        grad_hidden = None if self.hidden is None else hidden.new_empty(hidden.shape)
         grad_weight = None if self.weight is None else self.weight[:valid]
         grad_bias = None if self.bias is None else self.bias[:valid]
         kept.products(hidden, projection.weight, projection.slope, grad_hidden, grad_weight, grad_bias)

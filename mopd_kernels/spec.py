@@ -5,6 +5,7 @@ Legend: N tokens, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ class VocabShard:
             raise ValueError(f"expected VocabShard.start >= 0, got {self.start}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class LMHead:
     """Logits from hidden states: u = h Wᵀ + b; x = scale·u; z = softcap·tanh(x / softcap) or x.
 
@@ -54,10 +55,19 @@ class LMHead:
             raise TypeError(f"expected a floating-point LMHead.weight, got {self.weight.dtype}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(f"expected LMHead.bias of shape ({self.weight.size(0)},), got {tuple(self.bias.shape)}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"expected LMHead.softcap > 0 or None, got {self.softcap}")
-        if self.scale == 0:
-            raise ValueError("expected LMHead.scale != 0, got 0")
+        if self.bias is not None and self.bias.dtype != self.weight.dtype:
+            raise TypeError(
+                f"expected LMHead.bias in the weight's dtype {self.weight.dtype}, got {self.bias.dtype}: cast it with "
+                f"bias.to({self.weight.dtype})"
+            )
+        if self.bias is not None and self.bias.device != self.weight.device:
+            raise ValueError(
+                f"expected LMHead.bias on the weight's device {self.weight.device}, got {self.bias.device}"
+            )
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"expected LMHead.softcap > 0 and finite, or None, got {self.softcap}")
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(f"expected LMHead.scale != 0 and finite, got {self.scale}")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"expected LMHead.vocab_size >= 1, got {self.vocab_size}")
         if self.shard is not None and self.vocab_size is None:
@@ -71,8 +81,8 @@ class LMHead:
     def from_model(cls, model: Any) -> LMHead:
         """The output head of a transformers causal language model.
 
-        Reads the weight and bias of `get_output_embeddings()`, `final_logit_softcapping` (Gemma), and the factor
-        that Cohere, Granite and others put on their logits. A tied embedding stays tied: its gradient arrives at
+        Reads the weight and bias of `get_output_embeddings()`, the softcap of Gemma, RecurrentGemma and xLSTM, and the
+        factor that Cohere, Granite and others put on their logits. A tied embedding stays tied: its gradient arrives at
         the shared parameter. LoRA on lm_head gives W + s B A, with gradients to A and B. A DTensor split over the
         vocabulary gives this rank's rows and their VocabShard.
 
@@ -95,7 +105,8 @@ class Execution:
         |g| <= grad_filter are dropped from dH and dW. 0 is exact.
     save: "gradients" computes dH and dW in the forward (4 products), "statistics" keeps a few
         floats per token and recomputes both logits in the backward (6 products; needed for a
-        second backward). "auto" takes gradients where the loss is a scalar.
+        second backward). "auto" takes gradients where the loss is a scalar and hidden is not float16,
+        whose small gradients would underflow before the loss scale reaches them.
     """
 
     backend: str | None = None

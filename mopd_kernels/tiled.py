@@ -20,15 +20,18 @@ from .projection import Gradients, Needs, Projection
 from .spec import accumulation_dtype
 
 
+def require(top_k: int, context_weights: Tensor | None) -> None:
+    """Raises ValueError for what needs whole rows of logits at once: top-k and mixtures of contexts."""
+    if top_k or context_weights is not None:
+        wanted = "top_k" if top_k else "context_weights"
+        raise ValueError(f"backend 'triton-tiles' never holds a row of logits, got {wanted}: use backend='triton'")
+
+
 def divergence_forward(
     problem: DivergenceProblem,
     coefficient: Tensor | None = None,  # (N,)
     needs: Needs = (False, False, False),
 ) -> tuple[Saved, Gradients]:
-    """Raises ValueError for what needs whole rows of logits at once: top-k and mixtures of contexts."""
-    if problem.top_k or problem.log_weights is not None:
-        wanted = "top_k" if problem.top_k else "context_weights"
-        raise ValueError(f"backend 'triton-tiles' never holds a row of logits, got {wanted}: use backend='triton'")
     saved = Saved.empty(problem.student_hidden, 0, 0)
     if problem.kept.numel():
         z_s, z_t = _both(problem, problem.kept)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .model_heads import unwrapped
 from .prefix_tree import PrefixTree
 from .tree_attention import KERNELS, NAME, TreePlan, tree_attention, tree_mask
 
@@ -25,7 +26,9 @@ MLP_ROWS = 512
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The trunk that turns token ids into hidden states, without the lm_head; adapters stay inside it."""
+    """The trunk that turns token ids into hidden states, without the lm_head; adapters stay inside it, wrappers such
+    as DDP do not."""
+    model = unwrapped(model, "get_decoder")
     get_decoder: Any = getattr(model, "get_decoder", None)
     return model if get_decoder is None else get_decoder()
 

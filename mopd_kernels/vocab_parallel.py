@@ -76,6 +76,11 @@ class Ranks:
         _check_tiling([Part(*map(int, numbers[1:5])) for numbers in said])
         return min(int(numbers[4]) for numbers in said)
 
+    def refuse(self, device: torch.device) -> None:
+        """Take part in the others' `agree`, so that they raise with this rank instead of waiting for it."""
+        if self.group is not None:
+            self._gather(torch.zeros(WIDTH, dtype=torch.float64, device=device))
+
     def _gather(self, part: Tensor) -> Tensor:
         """(P, ...) of every rank's `part`."""
         parts = part.new_empty(self.size, *part.shape)
@@ -137,9 +142,9 @@ def group_name(group: dist.ProcessGroup | None) -> str:
 
 
 def refuse(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Take part in the others' handshake, so that they raise with this rank instead of waiting for it."""
+    """`Ranks.refuse` of the group that a VocabShard names; nothing where there is none yet."""
     if group is not None or dist.is_initialized():
-        Ranks.named(group_name(group))._gather(torch.zeros(WIDTH, dtype=torch.float64, device=device))
+        Ranks.named(group_name(group)).refuse(device)
 
 
 def _check_tiling(parts: list[Part]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mopd_kernels import LMHead, trust_region_teacher
+from mopd_kernels import LMHead, softcap_of, trust_region_teacher
 
 from .config import Config
 from .fsdp import local
@@ -37,7 +37,7 @@ def build_teacher(
     kind, settings = method_of(config).teacher, config.distillation
     if kind is None:
         return None
-    softcap = getattr(student.config.get_text_config(), "final_logit_softcapping", None)
+    softcap = softcap_of(student.config.get_text_config())
     if mixes(config) and softcap is not None:
         raise ValueError(
             f"distillation.teacher_regularization=trust-region mixes logits, which a softcap (here {softcap}) does not "

@@ -12,6 +12,7 @@
     divergence_products, logprob_products, Product    the backend never forms logits: statistics take a Product in
                                                      their place, see `tiled` (optional)
     add_product_(dW, grad, hidden, factor, add)      dW (+)= factor gradᵀ hidden, low precision into float32 (optional)
+    require(example)                                 raises for tensors it cannot run on here (optional)
     COLUMN_MAJOR                                     chunks lie by vocabulary row, strides (1, C) (optional)
 
 `start` is the global index of column 0, `cap` is softcap / temperature or None: with it the gradient

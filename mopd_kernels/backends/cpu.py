@@ -103,6 +103,14 @@ def levels() -> list[str]:
     return names
 
 
+def require(example: Tensor) -> None:
+    if example.device.type != "cpu":
+        raise ValueError(
+            f"backend 'cpu' needs CPU tensors, got a tensor on {example.device}: use Execution(backend=None) to choose "
+            "by device"
+        )
+
+
 def _run(z: Tensor) -> _Run:
     names = levels()
     chosen = os.environ.get("MOPD_CPU_LEVEL") or names[-1]

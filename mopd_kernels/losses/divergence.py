@@ -90,11 +90,13 @@ def grad_of_logprobs(
 def kl_from_stats(stats: PairStats, alpha: float) -> Tensor:
     """KL of whole rows from their statistics; alpha is 0 or 1.
 
-    KL(S||T) = E_q[z_s - z_t] - lse_s + lse_t, and the same with the sides exchanged.
+    KL(S||T) = E_q[z_s - z_t] - (m_s - m_t) - (log s_s - log s_t), lse = m + log s, and the same with the sides
+    exchanged: an offset of all logits leaves the difference of the maxima exact, and not that of rounded lse.
     """
     first, second = (stats.student, stats.teacher) if alpha == 1 else (stats.teacher, stats.student)
     assert stats.cross is not None
-    return stats.cross / first.sumexp - first.logsumexp + second.logsumexp
+    drop = (first.maximum - second.maximum) + (first.sumexp.log() - second.sumexp.log())
+    return stats.cross / first.sumexp - drop
 
 
 def value_and_terms(stats: PairStats, kls: tuple[Tensor, Tensor] | None, alpha: float) -> tuple[Tensor, Terms]:

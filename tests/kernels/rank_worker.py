@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mopd_kernels import LMHead, VocabShard, grouped_logprobs, linear_logprobs
+from mopd_kernels import Execution, LMHead, VocabShard, grouped_logprobs, linear_logprobs
 from tests.kernels import problems
 from tests.kernels.problems import Problem, Result
 
@@ -144,6 +144,8 @@ def disagree(rank: int, how: str) -> Result:
     inputs = problems.tensors(problem)
     leaves = shard(problem, inputs, bounds, rank)
     start = bounds[rank] + (1 if changed and how == "gap" else 0)
+    if how in OPTIONS:
+        return _with_options(problem, leaves, heads(problem, leaves, start), OPTIONS[how][rank])
     if changed and how == "gap":
         leaves = {n: v[1:].detach() if n.endswith("weight") else v for n, v in leaves.items()}
     if changed and how == "refused":
@@ -158,6 +160,27 @@ def disagree(rank: int, how: str) -> Result:
     return problems.call(problem, leaves, "sum", heads=heads(problem, leaves, start)).loss.detach()
 
 
+def _with_options(
+    problem: Problem, leaves: dict[str, Any], both: tuple[LMHead, LMHead], options: dict[str, Any]
+) -> torch.Tensor:
+    if "grouped" in options:
+        hidden, labels = leaves["student_hidden"].expand(2, -1, -1), torch.zeros(options["grouped"], dtype=torch.int64)
+        return grouped_logprobs(hidden, both[0], labels).logprobs.detach()
+    options = dict(options)
+    teacher, reduction = options.pop("teacher", both[1]), options.pop("reduction", "sum")
+    return problems.call(problem, leaves, reduction, (both[0], teacher), **options).loss.detach()
+
+
+# Arguments of rank 0 and rank 1.
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "backend": ({}, {"execution": Execution(backend="fast")}),
+    "tiles with top-k": ({"top_k": 3}, {"top_k": 3, "execution": Execution(backend="triton-tiles")}),
+    "save": ({"reduction": "none"}, {"reduction": "none", "execution": Execution(save="gradients")}),
+    "no head": ({}, {"teacher": "head"}),
+    "grouped": ({"grouped": 9}, {"grouped": 8}),
+    "token weights": ({"token_weights": torch.ones(9)}, {"token_weights": torch.full((9,), 2.0)}),
+    "teacher dtype": ({}, {"teacher": LMHead(torch.ones(7, 6))}),
+}
 CHANGES: dict[str, dict[str, Any]] = {
     "tokens": {"N": 8},
     "hidden": {"Hs": 5},

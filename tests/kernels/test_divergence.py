@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from mopd_kernels import Execution
-from tests.kernels.problems import Problem, assert_equal, backends_under_test, call, dense, fused, leaves_of, tensors
+from mopd_kernels.losses import LOSSES
+from tests.kernels.problems import (
+    Problem,
+    assert_equal,
+    backends_under_test,
+    call,
+    dense,
+    fused,
+    head_logits,
+    leaves_of,
+    tensors,
+)
 
 ALPHAS = (0.0, 0.3, 0.5, 1.0)
 OPTIONS = {
@@ -146,20 +157,59 @@ def test_a_tail_far_below_the_rounding_of_one_keeps_its_gradient():
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("option", ["plain", "top-k", "softcap"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("top_k", [None, 5])
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_grad_filter_drops_entries_up_to_its_bound(option, alpha):
-    bound = 0.02
-    problem = replace(OPTIONS[option], alpha=alpha, spread=3.0, softcap=None)
-    filtered = replace(problem, execution=Execution(chunk_tokens=4, grad_filter=bound))
+def test_grad_filter_drops_entries_up_to_its_bound(top_k, softcap, alpha):
+    """Of d(value)/dz, and with top-k of the gradient behind the softcap; a weight of 1 shows it as dH."""
+    problem = Problem(Hs=37, alpha=alpha, top_k=top_k, softcap=softcap, spread=3.0)
     inputs = tensors(problem)
-    identity = torch.eye(problem.V, dtype=torch.float64)
-    inputs["student_hidden"] = inputs["student_hidden"] @ inputs["student_weight"].T
-    inputs["student_weight"] = identity
-    problem, filtered = (replace(p, Hs=problem.V, bias=False) for p in (problem, filtered))
-    inputs.pop("student_bias", None), inputs.pop("teacher_bias", None)
+    inputs["student_weight"] = torch.eye(problem.V, dtype=torch.float64)
+    inputs["student_hidden"] *= 3
     inputs["upstream"] = torch.ones(problem.N, dtype=torch.float64)
-    exact, sparse = (fused(p, inputs).grads["student_hidden"] for p in (problem, filtered))
-    torch.testing.assert_close(sparse, torch.where(exact.abs() <= bound, 0.0, exact))
-    assert (sparse == 0).any()
-    assert (sparse != 0).any()
+    z_s, z_t = (head_logits(problem, side, inputs) for side in ("student", "teacher"))
+    z_s.requires_grad_()
+    value = LOSSES["topk"](z_s, z_t, alpha, top_k) if top_k else LOSSES["divergence"](z_s, z_t, alpha)
+    (exact,) = torch.autograd.grad(value.sum(), z_s)
+    slope = torch.ones_like(exact) if softcap is None else 1 - (z_s.detach() / softcap).square()
+    bound = float((exact * slope).abs().max()) / 3
+    before, behind = exact.abs() <= bound, (exact * slope).abs() <= bound
+    assert softcap is None or (before != behind).any()
+    expected = torch.where(behind if top_k else before, 0.0, exact * slope)
+    sparse = fused(replace(problem, execution=Execution(chunk_tokens=4, grad_filter=bound)), inputs)
+    torch.testing.assert_close(sparse.grads["student_hidden"], expected)
+    assert (expected == 0).any()
+    assert (expected != 0).any()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("backend", backends_under_test())
+def test_an_offset_of_all_logits_costs_no_precision(backend, alpha):
+    """Two near sides at -1000: logsumexps that are rounded there differ by more than their KL."""
+    execution = Execution(backend=backend)
+    problem = Problem(N=32, V=300, Hs=32, Ht=32, bias=True, alpha=alpha, dtype=torch.float32, execution=execution)
+    inputs = tensors(problem)
+    inputs["teacher_weight"] = inputs["student_weight"].clone()
+    inputs["teacher_hidden"] = (inputs["student_hidden"] + 0.02 * inputs["teacher_hidden"]).float().double()
+    for side in ("student", "teacher"):
+        inputs[f"{side}_bias"] = torch.full((problem.V,), -1000.0, dtype=torch.float64)
+    exact, plain, ours = dense(problem, inputs), dense(problem, inputs, torch.float32), fused(problem, inputs)
+    error, allowed = (float((result.value.double() - exact.value).norm()) for result in (ours, plain))
+    assert error <= 4 * allowed, (error, allowed)
+
+
+@pytest.mark.parametrize("backend", backends_under_test())
+@pytest.mark.parametrize("weight", [1e-4, 1e-6])
+def test_small_token_weights_do_not_underflow_in_half_precision(backend, weight):
+    """With the loss scale of a GradScaler, which a gradient taken in the forward meets too late."""
+    problem = Problem(
+        N=16, V=300, Hs=32, Ht=32, alpha=1.0, dtype=torch.float16, execution=Execution(backend=backend, chunk_tokens=8)
+    )
+    inputs = tensors(problem)
+    inputs["upstream"] = torch.full((problem.N,), weight, dtype=torch.float64)
+    exact = dense(problem, inputs)
+    leaves = leaves_of(problem, inputs)
+    (65536.0 * call(problem, leaves, "sum", token_weights=inputs["upstream"]).loss).backward()
+    for name, truth in exact.grads.items():
+        error = (leaves[name].grad.double() / 65536 - truth).norm() / truth.norm()
+        assert error < 2 * torch.finfo(torch.float16).eps, (name, float(error))

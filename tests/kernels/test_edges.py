@@ -89,17 +89,36 @@ W = torch.randn(10, 8)
         ((H, W, H, torch.randn(5000, 8)), {}, ValueError, r"10 rows.*5000"),
         ((H, W, H, W), {"alpha": 1.5}, ValueError, r"alpha in \[0, 1\].*1.5"),
         ((H, W, H, W), {"temperature": 0.0}, ValueError, r"temperature > 0.*0.0"),
+        ((H, W, H, W), {"temperature": float("inf")}, ValueError, r"temperature > 0 and finite, got inf"),
         ((H, W, H, W), {"teacher_temperature": -1.0}, ValueError, r"teacher_temperature > 0.*-1.0"),
         ((H, W, H, W), {"top_k": 0}, ValueError, r"top_k >= 1.*0"),
+        ((H, W, H, W), {"top_k": 2.5}, TypeError, r"top_k to be an integer.*2.5"),
+        ((H, W, H, W), {"normalizer": 0}, ValueError, r"normalizer > 0.*got 0"),
+        ((H, W, H, W), {"normalizer": torch.tensor(-1.0)}, ValueError, r"normalizer > 0.*got -1.0"),
+        ((H, W, H, W), {"normalizer": torch.ones(4)}, ValueError, r"a number as normalizer.*\(4,\)"),
+        ((H, W, H.bfloat16(), W.bfloat16()), {}, TypeError, r"student's dtype torch.float32, got torch.bfloat16"),
+        ((H, W, H.to("meta"), W.to("meta")), {}, ValueError, r"teacher_hidden .* device cpu, got meta"),
+        ((H, LMHead(W, vocab_size=9), H, torch.randn(5, 8)), {"labels": torch.full((4,), 7)}, ValueError, r"\[0, 5\)"),
+        ((H, torch.randn(5000, 8), H, LMHead(W[:9])), {}, ValueError, r"5000 rows.* 9: too far"),
+        ((H, LMHead(torch.randn(5000, 8), vocab_size=4000), H, W), {}, ValueError, r"4000 rows.* 10: too far"),
         ((H, W, H, W), {"reduction": "avg"}, ValueError, r"reduction in .*'avg'"),
         ((H, W, H, W), {"labels": torch.tensor([0, 1, 2, 10])}, ValueError, r"\[0, 10\).*\[0, 10\]"),
         ((H, W, H, W), {"labels": torch.tensor([0, 1, 2, -1])}, ValueError, r"or -100"),
         ((H, W, H, W), {"labels": torch.zeros(4)}, TypeError, r"integer labels"),
         ((H, W, H, W), {"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"\(4,\).*\(3,\)"),
+        (
+            (H, W, H, W),
+            {"labels": torch.zeros(4, device="meta", dtype=torch.int64)},
+            ValueError,
+            r"device cpu, got meta",
+        ),
+        ((H, W, H, W), {"token_weights": torch.ones(4, device="meta")}, ValueError, r"token_weights .*got meta"),
         ((H, W, H, W), {"token_weights": torch.ones(4, requires_grad=True)}, ValueError, r"detach"),
         ((H, W, H, W), {"context_weights": torch.ones(4)}, ValueError, r"need teacher_hidden \(K, 4, Ht\)"),
         ((H, W, H.expand(2, 4, 8), W), {"context_weights": torch.ones(3)}, ValueError, r"\(2,\) or \(2, 4\).*\(3,\)"),
         ((H, W, H.expand(2, 4, 8), W), {"context_weights": torch.tensor([1.0, -1])}, ValueError, r">= 0.*-1.0"),
+        ((H, W, H.expand(2, 4, 8), W), {"context_weights": torch.zeros(2)}, ValueError, r"sum > 0.* got 0 for 4 of 4"),
+        ((H, W, H[None], W), {"context_weights": torch.eye(4)[:1]}, ValueError, r"sum > 0.* got 0 for 3 of 4"),
         ((H, W, H, W), {"execution": Execution(backend="fast")}, ValueError, r"backend in .*'fast'"),
         (
             (H, W, H, W),
@@ -117,6 +136,14 @@ def test_arguments_that_do_not_fit_are_named_with_both_values(arguments, options
 def test_heads_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"needs LMHead\.vocab_size"):
         LMHead(W, shard=VocabShard(0))
+    with pytest.raises(ValueError, match="scale != 0 and finite, got nan"):
+        LMHead(W, scale=float("nan"))
+    with pytest.raises(ValueError, match="softcap > 0 and finite, or None, got inf"):
+        LMHead(W, softcap=float("inf"))
+    with pytest.raises(TypeError, match=r"weight's dtype torch.float32, got torch.int64"):
+        LMHead(W, torch.zeros(10, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"weight's device cpu, got meta"):
+        LMHead(W, torch.zeros(10, device="meta"))
     with pytest.raises(ValueError, match="split over one process group"):
         linear_divergence(H, LMHead(W, vocab_size=20, shard=VocabShard(0)), H, W)
     with pytest.raises(ValueError, match=r"\(K, \.\.\., H\) and labels.*\(4, 8\) and \(4,\)"):
@@ -132,6 +159,39 @@ def test_context_weights_are_brought_to_sum_one_and_may_be_zero():
     plain = leaves | {"teacher_hidden": leaves["teacher_hidden"][1]}
     first = call(problem, leaves, "sum", context_weights=torch.tensor([0.0, 5.0])).loss
     torch.testing.assert_close(first, call(Problem(), plain, "sum").loss)
+
+
+def test_a_token_that_is_left_out_needs_no_context():
+    problem = Problem(K=2)
+    leaves = leaves_of(problem, tensors(problem))
+    weights, kept = torch.ones(2, problem.N), torch.ones(problem.N)
+    whole = call(problem, leaves, "none", context_weights=weights).loss
+    weights[:, 3] = kept[3] = 0
+    part = call(problem, leaves, "none", context_weights=weights, token_weights=kept).loss
+    torch.testing.assert_close(part, whole * kept)
+
+
+def test_a_far_smaller_vocabulary_is_taken_where_it_is_stated():
+    large = torch.randn(5000, 8)
+    stated = linear_divergence(H, large, H, LMHead(W, vocab_size=10)).loss
+    torch.testing.assert_close(stated, linear_divergence(H, large[:10], H, W).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}], ids=str)
+def test_labels_may_be_of_any_integer_type(dtype, options):
+    labels = torch.tensor([0, 9, 3, 7])
+    for given in (labels, labels.to(dtype)):
+        out = linear_divergence(H, W, H + 1, W, labels=given, **options)
+        q = (H @ W.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        torch.testing.assert_close(out.student_logprobs, q)
+        torch.testing.assert_close(linear_logprobs(H, W, given).logprobs, q)
+
+
+def test_heads_are_equal_only_to_themselves():
+    assert LMHead(W) != LMHead(W)
+    head = LMHead(W)
+    assert head in (head,)
 
 
 def test_only_the_parameters_that_ask_get_gradients():

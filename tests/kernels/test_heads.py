@@ -25,6 +25,12 @@ SIZES = {
 MODELS = {
     "llama": {},
     "gemma2": {"final_logit_softcapping": 1.5},
+    "recurrent_gemma": {"logits_soft_cap": 1.5, "lru_width": 16, "num_hidden_layers": 3},
+    "xlstm": {
+        **{"output_logit_soft_cap": 1.5, "hidden_size": 64, "embedding_dim": 64, "num_heads": 2, "num_blocks": 1},
+        **{"chunkwise_kernel": "chunkwise--native_autograd", "sequence_kernel": "native_sequence__native"},
+        "step_kernel": "native",
+    },
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 4.0},
     "phi": {},  # lm_head with a bias
@@ -33,7 +39,7 @@ MODELS = {
 
 def tiny(kind, **options):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SIZES, **options)
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | options))
     model = transformers.AutoModelForCausalLM.from_config(config)
     if model.lm_head.bias is not None:
         torch.nn.init.normal_(model.lm_head.bias)
@@ -45,9 +51,9 @@ def test_from_model_gives_the_models_own_logits(kind):
     model = tiny(kind, **MODELS[kind])
     ids = torch.randint(3, 50, (2, 7))
     labels = torch.randint(0, 50, (2, 7))
-    hidden = model.model(ids).last_hidden_state
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state
     ours = linear_logprobs(hidden, LMHead.from_model(model), labels).logprobs
-    expected = model(ids).logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    expected = model(ids, use_cache=False).logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     weight = model.get_output_embeddings().weight
     grads = [torch.autograd.grad(value.sum(), weight, retain_graph=True)[0] for value in (ours, expected)]

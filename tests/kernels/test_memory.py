@@ -86,6 +86,28 @@ def test_resident_memory_does_not_grow_with_tokens(backend):
     assert int(done.stdout) < 20 << 20
 
 
+NOTHING_KEPT = """
+import resource, torch
+from mopd_kernels import Execution, linear_divergence
+hidden, weight = torch.randn(64, 64, requires_grad=True), torch.randn(30_000, 64, requires_grad=True)
+def run(grad_filter):
+    execution = Execution(backend="cpu", grad_filter=grad_filter)
+    linear_divergence(hidden, weight, hidden.detach(), weight.detach(), alpha=1.0, execution=execution).loss.backward()
+    assert hidden.grad.abs().max() < 1e-4
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+run(0.0)
+exact = run(0.0)
+print(run(1e-3) - exact)
+"""
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_under_test() if b.values == ("cpu",)])
+def test_a_filter_that_keeps_nothing_takes_no_memory(backend):
+    """As where teacher and student are equal; a partial dH for each vocabulary row would be 490 MB."""
+    done = subprocess.run([sys.executable, "-c", NOTHING_KEPT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20 << 20
+
+
 def test_the_counter_counts():
     with LiveBytes() as live:
         first = torch.zeros(1000)

@@ -15,21 +15,30 @@ from tests.kernels.counters import Products
 from tests.kernels.problems import Problem, call, leaves_of, tensors
 
 
-def divergence_arguments(needs=(True, True, True), **changes):
+def divergence_arguments(needs=(True, True, True), transposed=False, **changes):
     torch.manual_seed(0)
     arguments = DivergenceArguments(
         torch.randn(5, 4), torch.randn(11, 4), torch.randn(11), torch.randn(1, 5, 3), torch.randn(12, 3),
         None, torch.tensor([0, 3, -100, 7, 2]), torch.tensor([1.0, 0, 1, 0.5, 1]), None,
         [0.0, 1.0, 1.0], [2.0, 1.0, 1.5], 10, 0, "", 0.5, 0, True, "", 2, 0, 0.0, list(needs),
     )._replace(**changes)  # fmt: skip
+    if transposed:
+        arguments = arguments._replace(student_hidden=_transposed(arguments.student_hidden))
     return _with_grads(arguments, needs)
 
 
-def logprob_arguments(needs=(True, True, True)):
+def _transposed(hidden):
+    """The same values, neighbours along the tokens."""
+    return hidden.T.contiguous().T
+
+
+def logprob_arguments(needs=(True, True, True), transposed=False):
     arguments = LogprobArguments(
         torch.randn(5, 4), torch.randn(11, 4), torch.randn(11), torch.tensor([0, 3, -100, 7, 2]),
         [0.0, 1.0, 1.0], 10, 0, "", "", 2, 0, list(needs),
     )  # fmt: skip
+    if transposed:
+        arguments = arguments._replace(hidden=_transposed(arguments.hidden))
     return _with_grads(arguments, needs)
 
 
@@ -43,6 +52,8 @@ VARIANTS = {
     "frozen trunk": {"needs": (False, True, False)},
     "contexts": {"teacher_hidden": torch.ones(2, 5, 3), "context_weights": torch.full((2, 5), 0.5)},
     "top-k": {"top_k": 3},
+    "transposed hidden": {"transposed": True},
+    "transposed hidden, filter": {"transposed": True, "grad_filter": 0.05},
 }
 
 
@@ -58,9 +69,10 @@ def test_opcheck_divergence(variant):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_logprobs(needs):
-    arguments = logprob_arguments(needs)
+def test_opcheck_logprobs(needs, transposed):
+    arguments = logprob_arguments(needs, transposed)
     torch.library.opcheck(operators.logprobs, arguments)
     constants = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
     result = operators.logprobs(*constants)
@@ -203,3 +215,26 @@ def test_a_second_backward_says_what_to_do():
     saving = call(case, leaves, "sum", execution=Execution(save="statistics")).loss
     first, second = (torch.autograd.grad(saving, leaves["student_hidden"], retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("vocabulary", [200, 2048])  # one product, and products in parts
+@pytest.mark.parametrize("save", ["gradients", "statistics"])
+def test_autocast_changes_nothing(backend, vocabulary, save):
+    """As in HF Trainer, whose compute_loss runs under autocast."""
+    if backend == "cpu":
+        pytest.importorskip("mopd_kernels.backends.cpu", reason="C++ kernels are not built", exc_type=OSError)
+    execution = Execution(backend=backend, chunk_tokens=8, save=save)
+    case = Problem(V=vocabulary, Hs=16, alpha=1.0, labels=True, dtype=torch.float32, execution=execution)
+
+    def results(enabled):
+        leaves = leaves_of(case, tensors(case))
+        head = LMHead(leaves["student_weight"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = call(case, leaves, "mean").loss
+            scored = linear_logprobs(leaves["student_hidden"], head, leaves["labels"], execution=execution)
+            (loss + scored.entropy.mean()).backward()
+        return [loss, scored.logprobs, leaves["student_hidden"].grad, leaves["student_weight"].grad]
+
+    for inside, outside in zip(results(True), results(False), strict=True):
+        assert torch.equal(inside, outside)

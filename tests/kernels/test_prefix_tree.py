@@ -99,6 +99,7 @@ def test_gather_reads_rows_and_sums_gradients_of_shared_ones():
     together = tree.gather_many([(i, 1, 3) for i in range(3)], hidden=hidden)
     assert torch.equal(together, torch.cat(parts))
     assert torch.equal(tree.hidden_of(1, hidden=hidden)[1:], parts[1])
+    assert tree.gather_many([], hidden=hidden).shape == (0, 2)
     together.sum().backward()
     assert hidden.grad[:, 0].tolist() == [0.0, 3.0, 2.0, 1.0]
 
@@ -109,6 +110,8 @@ def test_gather_reads_rows_and_sums_gradients_of_shared_ones():
         (lambda: PrefixTree.pack([]), "at least one sequence"),
         (lambda: PrefixTree.pack([torch.tensor([1]), torch.zeros(0, dtype=torch.long)]), "sequence 1 .* shape .0,"),
         (lambda: PrefixTree.pack([torch.tensor([1.0])]), "dtype torch.float32"),
+        (lambda: PrefixTree.pack([torch.tensor([True])]), "dtype torch.bool"),
+        (lambda: PrefixTree.pack([[1, 2]]), "sequence 0 to be a tensor of token ids, got list"),
         (lambda: PrefixTree.pack_many(tensors([[1], [2, 3, 4]]), 2), "max_tokens=2 .* got 3 in sequence 1"),
         (lambda: PrefixTree.pack(tensors([[1, 2]])).rows(0, 1, 3), "stop <= 2 .* stop=3"),
         (lambda: PrefixTree.pack(tensors([[1, 2]])).hidden_of(0), "call forward"),

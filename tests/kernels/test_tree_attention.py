@@ -320,6 +320,15 @@ def test_rotary_embeddings_that_depend_on_the_length(kind, lengths, refused):
         check(model, sequences)
 
 
+def test_a_wrapper_such_as_ddp_is_unwrapped():
+    model = tiny("llama")
+    wrapper = torch.nn.Module()
+    wrapper.module = model
+    tree = PrefixTree.pack(group())
+    with torch.no_grad():
+        assert torch.equal(tree.forward(wrapper), tree.forward(model))
+
+
 def test_misuse_is_named():
     model, tree = tiny("mistral"), PrefixTree.pack(group())
     with pytest.raises(ValueError, match=r"expected kernel .* got 'fast'"):

@@ -209,6 +209,46 @@ def test_topk_in_order_and_ties_to_the_lower_column(columns, k, dtype):
     assert torch.equal(values, expected[:, :k])
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton-tiles"])
+def test_layouts_do_not_matter(backend):
+    """A weight that lies by hidden dimension, every other value as bias, hidden states that lie by token."""
+    problem = replace(EVERYTHING, alpha=1.0, dtype=torch.float32, execution=Execution(backend=backend, chunk_tokens=4))
+    inputs = tensors(problem)
+    whole, strided = fused(problem, inputs), leaves_of(problem, inputs)
+    for name, value in strided.items():
+        if value.is_floating_point():
+            value = value.detach().repeat_interleave(2, -1)[..., ::2] if value.ndim == 1 else value.detach().mT
+            value = value if value.ndim == 1 else value.contiguous().mT
+            strided[name] = value.requires_grad_(name in whole.grads)
+            assert value.ndim > 1 or value.stride() == (2,)
+    other = fused(problem, inputs, leaves=strided)
+    assert_equal(other, whole, 1e-6, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum, which passes over NaN
+@pytest.mark.parametrize("backend", ["triton", "triton-tiles"])
+@pytest.mark.parametrize(("alpha", "grad_filter"), [(0.0, 0.0), (0.3, 0.0), (1.0, 0.0), (1.0, 1e-3)])
+def test_nan_stays_in_its_token_and_is_seen(backend, alpha, grad_filter):
+    execution = Execution(backend=backend, chunk_tokens=4, grad_filter=grad_filter)
+    problem = Problem(N=5, alpha=alpha, dtype=torch.float32, execution=execution)
+    inputs = tensors(problem)
+    inputs["student_hidden"][2] = torch.nan
+    result = fused(problem, inputs)
+    only = [False, False, True, False, False]
+    assert result.value.isnan().tolist() == only
+    grad = result.grads["student_hidden"].isnan()
+    assert grad.all(1).tolist() == grad.any(1).tolist() == only
+
+
+def test_refusals_name_the_backend(monkeypatch):
+    device = pytest.importorskip("mopd_kernels.backends.triton.device")
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    for backend in ("triton", "triton-tiles"):
+        problem = Problem(dtype=torch.float32, execution=Execution(backend=backend))
+        with pytest.raises(ValueError, match=f"backend '{backend}' needs CUDA or HIP tensors, got a tensor on cpu"):
+            fused(problem, tensors(problem))
+
+
 def test_tiles_refuse_what_they_cannot_do():
     problem = Problem(execution=Execution(backend="triton-tiles"))
     with pytest.raises(TypeError, match=r"float32, bfloat16 or float16, got torch.float64"):

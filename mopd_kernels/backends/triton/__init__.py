@@ -3,6 +3,7 @@ is done only when the backend is picked. Runs on CUDA and HIP tensors, and on CP
 """
 
 from .accumulate import add_product_
+from .device import require
 from .mixture import mix_, mixture_sums
 from .row_grad import divergence_grad_, logprob_grad_
 from .row_stats import pair_stats, side_stats
@@ -15,6 +16,7 @@ __all__ = [
     "mix_",
     "mixture_sums",
     "pair_stats",
+    "require",
     "side_stats",
     "topk",
 ]

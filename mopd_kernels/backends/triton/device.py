@@ -1,4 +1,4 @@
-"""Where a kernel runs: the device check of every launcher, and the architecture that its configuration is keyed by."""
+"""Where a kernel runs: the device check of both backends, and the architecture that a configuration is keyed by."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BY_CAPABILITY = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "
 SMALL_SHARED_MEMORY = "sm_120"  # also 8.6 and 8.9: 99 KiB of shared memory a block, mma.sync
 
 
-def require(example: Tensor) -> None:
+def require(example: Tensor, backend: str = "triton") -> None:
     """Raises ValueError for a tensor that no Triton kernel can run on here."""
     if example.is_cuda or INTERPRETED:
         return
     raise ValueError(
-        f"backend 'triton' needs CUDA or HIP tensors, got a tensor on {example.device}: use "
+        f"backend {backend!r} needs CUDA or HIP tensors, got a tensor on {example.device}: use "
         "Execution(backend='eager'), or start Python with TRITON_INTERPRET=1 to interpret the kernels (slow)"
     )
 

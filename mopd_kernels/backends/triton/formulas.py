@@ -27,8 +27,8 @@ def scalar(value, dtype: tl.constexpr):
 
 @triton.jit
 def guarded(weight, value):
-    """weight * value, and 0 where the weight is 0, also for value = inf."""
-    return tl.where(weight > 0, weight * value, 0.0)
+    """weight * value, and 0 where the weight is 0, also for value = inf; NaN for a weight of NaN."""
+    return tl.where(weight <= 0, 0.0, weight * value)
 
 
 @triton.jit

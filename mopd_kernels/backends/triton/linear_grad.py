@@ -82,7 +82,7 @@ def _divergence_tiles_kernel(
     kl = tl.load(student_kl + row, mask=mask, other=0.0)[:, None]
     factor = tl.load(coefficient + row, mask=mask, other=0.0)[:, None]
     cap, weight = scalar(cap_s, tl.float32), scalar(alpha, tl.float32)
-    largest = 0.0
+    active = 0.0
     parts_s, parts_t = pieces(x_s, PIECES), pieces(x_t, PIECES)
     for piece in tl.static_range(PIECES):
         column = at + piece * (BN // PIECES) + tl.arange(0, BN // PIECES)
@@ -91,13 +91,13 @@ def _divergence_tiles_kernel(
         slope = divergence_slope(z_s - shift_s, z_t - shift_t, kl, weight, KIND)
         slope = filtered(slope, scalar(threshold, tl.float32), HAS_FILTER)
         if HAS_FILTER:
-            largest = tl.maximum(largest, tl.max(tl.where(mask[:, None], tl.abs(slope), 0.0)))
+            active = tl.maximum(active, tl.max(tl.where(mask[:, None] & (slope != 0), 1.0, 0.0)))  # NaN as well
         slope *= factor
         if HAS_CAP_S:
             slope *= tl.where((column < columns)[None, :], cap_slope(z_s, cap), 0.0)
         store_tile(slope, grad, bias_parts, row, mask, column, block, first, columns, stride_grad, HAS_DBIAS)
     if HAS_FILTER:
-        tl.store(flags + block * tiles + tile, largest > 0)
+        tl.store(flags + block * tiles + tile, active > 0)
 
 
 def divergence_products(

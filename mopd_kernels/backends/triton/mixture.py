@@ -72,7 +72,6 @@ def _mix_kernel(
 
 
 def mixture_sums(z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    device.require(z_s)
     rows, columns = z_s.shape
     dtype = accumulation_dtype(z_s.dtype)
     if rows == 0 or columns == 0:
@@ -101,7 +100,6 @@ def mixture_sums(z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor, alpha: 
 
 
 def mix_(log_p: Tensor, z: Tensor, lse: Tensor, log_weight: Tensor | float) -> None:
-    device.require(z)
     rows, columns = z.shape
     if z.numel() == 0:
         return

@@ -8,6 +8,7 @@ Legend: N tokens, V vocabulary, H hidden; a tile is BM tokens by BN vocabulary r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -117,13 +118,14 @@ class Product(NamedTuple):
         return self.hidden.size(0), self.head.weight.size(0)
 
     def checked(self) -> Product:
-        """Rows contiguous along H. Raises TypeError for a dtype without tensor cores."""
-        device.require(self.hidden)
-        if self.hidden.dtype == torch.float64:
-            raise TypeError(
-                "backend 'triton-tiles' takes float32, bfloat16 or float16, got torch.float64: use 'triton'"
-            )
-        return Product(self.hidden.contiguous(), self.head)
+        """As the kernels read it: rows contiguous along H, and the bias. A weight that lies so is not copied."""
+        weight, bias = self.head.weight, self.head.bias
+        head = replace(
+            self.head,
+            weight=weight if weight.stride(1) == 1 else weight.contiguous(),
+            bias=None if bias is None else bias.contiguous(),
+        )
+        return Product(self.hidden.contiguous(), head)
 
     def tile(self, role: str) -> configs.Tile:
         arch = device.architecture(self.hidden)

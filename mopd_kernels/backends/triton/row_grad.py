@@ -101,7 +101,6 @@ def divergence_grad_(
     cap: float | None,
     grad_filter: float,
 ) -> None:
-    device.require(z_s)
     rows, columns = z_s.shape
     if z_s.numel() == 0:
         return
@@ -134,7 +133,6 @@ def logprob_grad_(
     grads: tuple[Tensor, Tensor, Tensor],  # of log-prob, entropy and logsumexp, each (C,)
     cap: float | None,
 ) -> None:
-    device.require(z)
     rows, columns = z.shape
     if z.numel() == 0:
         return

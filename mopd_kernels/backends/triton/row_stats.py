@@ -178,7 +178,6 @@ def split(rows: int, columns: int, config: configs.Rows, processors: int) -> tup
 
 def _row_stats(z_s: Tensor, z_t: Tensor | None, labels: Tensor | None, start: int, kind: int) -> Tensor:
     """(F, C), whole rows."""
-    device.require(z_s)
     rows, columns = z_s.shape
     config = configs.STATISTICS[device.architecture(z_s)].of_items(z_s.element_size())
     count, width = split(rows, columns, config, device.processors(z_s))

@@ -59,7 +59,6 @@ def _topk_kernel(
 
 def topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values, local column indices) (C, k), largest first; of equal values the lower column first."""
-    device.require(z)
     rows, columns = z.shape
     if not 1 <= k <= columns:
         raise ValueError(f"expected top_k in [1, {columns}], got {k}")
