@@ -26,8 +26,9 @@ check: $(STAMP)  ## style and types
 test-faults: $(STAMP)  ## 20 kills of one run, and a killed process under torchrun; minutes
 	MOPD_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_faults.py tests/train/test_distributed.py -k kill
 
-bench: $(STAMP)  ## the microbenchmarks; needs the bench extra, installed here
+bench: $(STAMP)  ## the microbenchmarks; installs what they compare with
 	$(BIN)/pip install -q -c constraints.txt --no-deps liger-kernel cut-cross-entropy
+	$(BIN)/pip install -q -c constraints.txt trl datasets
 	$(BIN)/python -m bench
 
 # torch comes first and by its pinned version, so that nothing pulls in another build of it.

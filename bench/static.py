@@ -160,7 +160,9 @@ def markdown(rows: list[list[str]], times: list[list[str]], version: str) -> str
 
     return "\n\n".join(
         [
-            f"Compiled by Triton {version}, not run:",
+            "# Triton kernels, compiled",
+            "Compiled, not run here. Written by `python -m bench static`; explained in [triton.md](triton.md).",
+            f"Compiled by Triton {version}:",
             _table(COLUMNS, rows),
             "Roofline at N = 8192, bfloat16: a model, not a measurement:",
             _table(TIME_COLUMNS, times),

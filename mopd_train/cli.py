@@ -16,30 +16,33 @@ from typing import Any
 EXAMPLES = {
     "train": """examples:
   mopd train --config examples/smollm2.yaml
-  mopd train --config examples/smollm2.yaml --training.max_steps 50 --context.context 1s
-  mopd train --config examples/smollm2.yaml --method grpo --training.learning_rate 2e-5
+  mopd train --config examples/smollm2.yaml --training.output_dir runs/a --training.max_steps 50
   mopd train --config examples/smollm2.yaml --training.output_dir runs/a --training.resume_from_checkpoint latest
-  mopd train --data.task math --data.train_dataset train.jsonl --model.model_name_or_path Qwen/Qwen3-1.7B""",
+  mopd train --config examples/smollm2.yaml --training.output_dir runs/1s --context.context 1s
+  mopd train --config examples/smollm2.yaml --training.output_dir runs/grpo --method grpo --training.learning_rate 1e-5
+  mopd train --training.output_dir runs/math --data.task math --data.train_dataset train.jsonl \\
+      --model.model_name_or_path Qwen/Qwen3-1.7B""",
     "eval": """examples:
-  mopd eval --model.model_name_or_path runs/a/checkpoint-20
-  mopd eval --model.model_name_or_path embedded:smollm2 --evaluation.k 32 --output eval/base
-  mopd eval --model.model_name_or_path runs/a/checkpoint-20 --data.task math --data.eval_dataset test.jsonl""",
+  mopd eval --config examples/smollm2.yaml --evaluation.k 32 --output eval/base
+  mopd eval --config examples/smollm2.yaml --model.model_name_or_path runs/a/checkpoint-24
+  mopd eval --config runs/math/run.json --model.model_name_or_path runs/math/checkpoint-100 \\
+      --data.eval_dataset test.jsonl --output eval/math""",
     "serve": """examples:
   mopd serve --config run.yaml                            then, elsewhere on this machine:
   mopd train --config run.yaml --rollout.use_vllm true --rollout.vllm_mode server
-  mopd serve --config run.yaml --vllm_args "--tensor-parallel-size 2 --gpu-memory-utilization 0.9"
+  mopd serve --config run.yaml --vllm_args="--tensor-parallel-size 2 --gpu-memory-utilization 0.9"
 """,
     "analyze": """examples:
   mopd analyze --config examples/smollm2.yaml --num-prompts 40
-  mopd analyze --config runs/a/run.json --model.model_name_or_path runs/a/checkpoint-20 --rollouts runs/a
+  mopd analyze --config runs/a/run.json --model.model_name_or_path runs/a/checkpoint-24 --rollouts runs/a
   mopd analyze --rollouts eval/completions.jsonl --contexts none 1s 2s1f --output analysis/base""",
     "diversity": """examples:
   mopd diversity runs/a
   mopd diversity runs/a runs/b --points 6 --output diversity/ab
   mopd diversity runs/a/completions-before.jsonl runs/a/completions-after.jsonl --code""",
     "inspect": """examples:
-  mopd inspect --config runs/a/run.json --model.model_name_or_path runs/a/checkpoint-20 \\
-      --rollouts runs/a/completions/step-000020.jsonl --output page.html
+  mopd inspect --config runs/a/run.json --model.model_name_or_path runs/a/checkpoint-24 \\
+      --rollouts runs/a/completions/step-000024.jsonl --output page.html
   mopd inspect --rollouts eval/completions.jsonl --contexts none 1s 2s 2s1f --only-mixed
   mopd inspect --rollouts runs/a --groups 3 17 --top 10""",
     "report": """examples:
@@ -69,11 +72,18 @@ def build_parser() -> Any:
     )
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("train", command("train", "Train a student by MOPD."), help="train a student")
-    evaluation = command("eval", "mean@k and pass@k of a model on held-out prompts.")
+    evaluation = command(
+        "eval",
+        "mean@k and pass@k of a model on held-out prompts. Reads model (name, dtype, attention), data, evaluation, "
+        "sandbox, context.success_reward_threshold and of rollout max_completion_length, generation_batch_size and "
+        "vllm; other settings have no effect. Without --config these are the defaults, not those of the run.",
+    )
     evaluation.add_argument("--output", type=str, default="eval", help="folder for scores.json and completions.jsonl")
     commands.add_subcommand("eval", evaluation, help="mean@k and pass@k of a model or checkpoint")
     server = command("serve", "A vLLM server for rollout.vllm_mode=server, from the configuration of the training run.")
-    server.add_argument("--vllm_args", type=str, default="", help="further arguments of vLLM's server, as one string")
+    server.add_argument(
+        "--vllm_args", type=str, default="", help="further arguments of vLLM's server, one string after the '='"
+    )
     commands.add_subcommand("serve", server, help="a vLLM server for rollouts")
     analysis = command("analyze", "Does the teacher score successes above failures, and under which context?")
     _analyze_arguments(analysis)
