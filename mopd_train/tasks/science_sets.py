@@ -9,6 +9,7 @@ import sqlite3
 from functools import lru_cache
 from typing import Any
 
+from .columns import with_answer
 from .named import package_file, read_lines
 
 Row = dict[str, Any]
@@ -29,7 +30,7 @@ def adapt(row: Row) -> Row:
     """A row of SciKnowEval, ARC or MMLU with `prompt`, `choices` and `answer`; other rows as they are."""
     question = row.get("question")
     if question is None or (isinstance(row.get("prompt"), str | list) and "answer" in row):
-        return row
+        return with_answer(row)
     choices, key = row.get("choices"), row.get("answerKey")
     if isinstance(question, dict):  # OpenBookQA
         question, choices = question["stem"], question["choices"]

@@ -272,4 +272,16 @@ def test_layouts_of_mathematics():
     ]
     assert [row["answer"] for row in adapted] == [204, r"\frac{1}{2}", "6", "6"]
     assert all(row["prompt"] == "p" + math_sets.INSTRUCTION for row in adapted)
+    for more, gold in (
+        ({"solution": r"so \boxed{3}"}, "3"),
+        ({"solution": "one\ntwo\n#### 3"}, "3"),
+        ({"solution": "$3$"}, "$3$"),
+        ({"ground_truth": "3"}, "3"),
+        ({"answer": "3", "solution": "four"}, "3"),
+    ):
+        row = math_sets.adapt({"prompt": "1 + 2?", **more})
+        assert (row["prompt"], row["answer"]) == ("1 + 2?", gold)
+        assert scores(reward, [row], [r"\boxed{3}"]) == [1.0]
+    with pytest.raises(ValueError, match="'solution' marks no final answer"):
+        math_sets.adapt({"prompt": "1 + 2?", "solution": "first this\nthen that"})
     assert math_sets.adapt({"prompt": "mine", "answer": "1"}) == {"prompt": "mine", "answer": "1"}

@@ -189,6 +189,8 @@ def test_generated_questions_are_repeatable_and_held_out_elements_are_not_traine
 
 
 def test_layouts_of_science():
+    mine = science_sets.adapt({"prompt": "Which?", "choices": OPTIONS, "ground_truth": "C"})
+    assert scores(reward, [mine] * 2, ["C", "D"]) == [1.0, 0.0]
     sciknow = {"question": "Which?", "choices": {"text": OPTIONS, "label": list("ABCD")}, "answerKey": "C",
                "type": "mcq-4-choices", "domain": "Biology", "prompt": {"default": "Given a question"}}  # fmt: skip
     open_ended = {"question": "How many?", "choices": {"text": [], "label": []}, "answerKey": "", "answer": "46"}
