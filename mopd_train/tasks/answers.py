@@ -20,7 +20,7 @@ REASON = re.compile(r"\.\s|,?\s(?:because|since|as|where)\s")
 # What denies: "not 7", "B is wrong", "everything except B".
 NEGATED = re.compile(
     r"\b(?:not|never|cannot|neither|nor|wrong|incorrect|false|untrue|except|excluding|unlikely|doubt|instead of|"
-    r"rather than|other than|anything but|all but)\b|n['’]t\b",
+    r"rather than|other than|any(?:thing)? but|all but|rul(?:ed|ing) out|least likely|opposite of)\b|n['’]t\b",
     re.I,
 )
 DENIED_BEFORE = re.compile(r"(?:\b(?:not|never|neither|nor|except)|n['’]t)(?:\s+(?:be|the|equal to)\b)?\W{0,9}$", re.I)
@@ -28,15 +28,15 @@ DENIED_AFTER = re.compile(r"\W{0,5}(?:is|are|was)(?:n['’]t|\s+(?:not|wrong|inc
 # What makes another statement, or another number, of the number beside it.
 COMPARED = re.compile(
     r"\b(?:more|less|greater|larger|smaller|fewer|higher|lower|bigger)\b|\bat\s+(?:least|most)\b|\bminimum of\b|"
-    r"\b(?:over|under|above|below|beyond|exceed\w*|between|up to|within|minus|negative|or|half|twice)\b",
+    r"\b(?:over|under|above|below|beyond|exceed\w*|between|up to|within|minus|plus|negative|negation|or|half|twice|"
+    r"double|triple|root|log|ln|reciprocal|inverse)\b",
     re.I,
 )
 RELATION = re.compile(r"[<>≤≥≠]|\\(?:[lg]t|[lg]eq?|[lg]eqslant|neq?)(?![a-z])")
 SCALED = re.compile(
     r"\b(?:dozens?|hundreds?|thousands?|[mbtr]+illions?|squared|cubed|factorial|pi)\b|[!^π√]|\\(?:pi|sqrt)", re.I
 )
-MARKUP = re.compile(r"(?<![\w)\]}])(?:\*\*|__)|(?:\*\*|__)(?![\w(-])")
-QUOTES = re.compile(r"`|\$")
+MARKUP = re.compile(r"(?<![\w)\]}])(?:\*\*|__)|(?:\*\*|__)(?![\w(-])|`")
 FORMULA_MARKS = re.compile(r"(?<!\\)\\[()]")
 DISPLAY_MARKS = re.compile(r"(?<!\\)\\[\[\]]")
 STYLED = re.compile(
@@ -126,8 +126,7 @@ def final_answer(reply: str) -> str | None:
         if cues and cues[-1]["denied"]:  # "the wrong answer is 7", "I do not think the answer is 7"
             return None
         rest = text[cues[-1].end() :].strip().splitlines() if cues else []
-        answer = MARKUP.sub("", REASON.split(rest[0])[0] if rest else lines[-1])
-        answer = QUOTES.sub("", answer) if "\\" not in answer else answer  # formulas are looked for in their dollars
+        answer = MARKUP.sub("", REASON.split(rest[0])[0] if rest else lines[-1])  # formulas keep their dollars
     answer = answer.strip().rstrip(".;,").strip()
     return answer if 0 < len(answer) <= LONGEST else None
 

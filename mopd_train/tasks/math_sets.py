@@ -137,7 +137,7 @@ def _candidates(completion: str) -> list[str]:
     if marked is not None:
         return [marked]
     final = final_answer(completion)
-    return [text] if final is None or final == text else [final, text]
+    return [text] if final is None or final == text else [final.replace("$", "").strip(), text]
 
 
 def score_puzzle(item: list[Any]) -> float:

@@ -70,6 +70,7 @@ def one(gold, completion, prompt="q"):
         ("Yes", "So the answer is: **Yes**, because 2 is even."),
         ("Yes", "Therefore, yes it is."),
         ("No", "no"),
+        ("x^2", "The sum over all terms is $x^2$."),
         ("infinitely many", "Infinitely many."),
     ],
 )
@@ -126,6 +127,9 @@ def test_right_answers(gold, completion):
         ("5", "x > 5"),
         ("5", "x ≥ 5"),
         ("5", "The answer is minus 5"),
+        ("5", "The square root of 5"),
+        ("5", "log 5"),
+        ("5", r"\boxed{5\text{ plus three}}"),
         ("5", "The answer is 5 million"),
         ("5", r"\boxed{\text{minus }5}"),
         ("5", r"\boxed{5\text{ or more}}"),

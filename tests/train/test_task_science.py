@@ -63,7 +63,8 @@ def test_wrong_answers_to_real_questions():
         ("I think C", 1), ("C - Atrophy", 1), (r"$\mathbf{C}$", 1), (r"\(\text{C}\)", 1),
         ("C is wrong", 0), ("C is incorrect.", 0), ("Everything except C", 0), ("Neither C", 0), ("It isn’t C", 0),
         ("The wrong answer is C", 0), ("I do not think the answer is C", 0), (r"not \boxed{C}", 0),
-        ("All but C", 0), ("The incorrect option is C", 0),
+        ("All but C", 0), ("Any but C", 0), ("C is the least likely", 0), ("Ruling out C", 0),
+        ("The incorrect option is C", 0),
         ("Hypertrophy or Atrophy", 0), ("A B C D", 0), ("<think>C</think>", 0), ("E", 0), ("Carbon", 0),
     ],
 )  # fmt: skip
