@@ -48,6 +48,8 @@ def load_rows(source: str) -> list[Row]:
     name, _, rest = source.partition("?")[0].partition(":")
     if name in NAMED_SETS:
         return _named(source, name, rest)
+    if path.is_file():
+        raise ValueError(f"dataset {source} is a file of kind {path.suffix!r}, expected .jsonl, .json or .parquet")
     try:
         import datasets
     except ImportError as error:
@@ -141,8 +143,9 @@ def from_verl(row: Row) -> Row:
     """verl's columns as ours: `reward_model.ground_truth` is the answer, the keys of `extra_info` are columns."""
     judged, more = row["reward_model"], row.get("extra_info") or {}
     kept = {key: value for key, value in row.items() if key not in ("reward_model", "extra_info")}
-    truth = judged.get("ground_truth") if isinstance(judged, dict) else judged
-    return {**{key: value for key, value in more.items() if value is not None}, **kept, "answer": truth}
+    truth = judged if isinstance(judged, dict) else {"ground_truth": judged}
+    answer = {"answer": truth["ground_truth"]} if "ground_truth" in truth else {}
+    return {**{key: value for key, value in more.items() if value is not None}, **kept, **answer}
 
 
 def build_prompts(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import arithmetic, code, math, math_sets, science, science_sets, tool_sets, tools
+from . import arithmetic, code, columns, math, math_sets, science, science_sets, tool_sets, tools
 
 if TYPE_CHECKING:  # a verifier's worker process imports this package, and not torch
     from ..config import Config
@@ -38,7 +38,7 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "arithmetic": Task(arithmetic.reward, ("answer",), arithmetic.rows),
+    "arithmetic": Task(arithmetic.reward, ("answer",), arithmetic.rows, columns.with_answer),
     "code": Task(code.reward, rows=code.rows, adapt=code.adapt, bind=code.bind),
     "math": Task(math.reward, ("answer",), adapt=math_sets.adapt),
     "reasoning_gym": Task(math_sets.gym_reward, ("generator", "generator_options", "index")),

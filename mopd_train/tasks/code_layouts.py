@@ -38,17 +38,31 @@ def adapt(row: Row) -> Row:
         return live_code_bench(row)
     if "input_output" in row:
         return apps(row)
+    held = _inputs_and_outputs(row.get("answer", row.get("ground_truth")))
+    if held is not None and not row.get("tests") and not row.get("test"):
+        return apps({**row, "input_output": held})
     if row.get("test") and row.get("entry_point"):
         return row if "prelude" in row else human_eval(row)
     if not row.get("tests"):
         raise ValueError(
             "a code row needs tests (a list of {input, output}), or test and entry_point (HumanEval), or "
-            f"public_test_cases (LiveCodeBench), or input_output (APPS); it has {sorted(row)}"
+            f"public_test_cases (LiveCodeBench), or input_output (APPS), or inputs and outputs in verl's "
+            f"reward_model.ground_truth; it has {sorted(row)}"
         )
     for test in row["tests"]:
         if not isinstance(test, dict) or not {"input", "output"} <= test.keys():
             raise ValueError(f"expected tests of the form {{'input': ..., 'output': ...}}, got {test!r:.200}")
     return row
+
+
+def _inputs_and_outputs(truth: Any) -> dict[str, Any] | None:
+    """verl's ground truth of code, {"inputs": [...], "outputs": [...], "fn_name"} or its JSON; None for others."""
+    if isinstance(truth, str):
+        try:
+            truth = json.loads(truth)
+        except json.JSONDecodeError:
+            return None
+    return truth if isinstance(truth, dict) and {"inputs", "outputs"} <= truth.keys() else None
 
 
 def live_code_bench(row: Row) -> Row:

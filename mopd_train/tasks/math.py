@@ -5,9 +5,10 @@ and so accepts `15 + 19` for 34, the question for its answer and the last of sev
 
 - gold a number: the answer must be written as one: an integer, a decimal, a fraction in lowest terms, a percentage,
   with or without a unit. `15 + 19`, `68/2`, `2^{10}` and `\\binom{10}{5}` are not worked out.
-- gold words ("Yes", "infinitely many"): the same words; both yes and no is neither.
+- gold yes or no: the answer begins with it, and denies or takes back nothing; other words: the same words.
 - gold an expression, a set or a list: equal by math-verify, unless the answer only restates a part of the question.
 - several different answers are a list, and match a list only.
+- what denies or bounds ("not 5", "at most 5") is not the answer that it names.
 """
 
 from __future__ import annotations
@@ -17,18 +18,38 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from .answers import MINUS, NEGATED, final_answer, fraction, marked_answer, numbers, only_number, without_thinking
+from .answers import (
+    COMPARED,
+    LINK,
+    MINUS,
+    NEGATED,
+    RELATION,
+    SCALED,
+    after_link,
+    final_answer,
+    fraction,
+    marked_answer,
+    numbers,
+    only_number,
+    unwrapped,
+    without_thinking,
+)
 from .workers import workers
 
 SECONDS = 5.0  # of processor time for one symbolic comparison; sympy may take for ever
 INSTRUCTION = "\n\nPut your final answer within \\boxed{}."
-MATH = re.compile(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}")
-UNIT = re.compile(r"\^\s*\{?\\circ\}?|°|\\[,!;: ]|\\\$|\$|\\left|\\right")
+MATH = re.compile(r"\$([^$]+)\$")
+UNIT_TEXT = re.compile(r"\\(?:text|textrm|mathrm|textbf|mbox)\s*\{([^{}\d]*)\}\s*(?:\^\s*\{?[23]\}?)?[\s/·.]*")
+VARIABLES = frozenset("abdeijknpqrtuvwxyz")  # a single one of these in \mathrm is no unit: 5\mathrm{i}, 2\mathrm{e}
+UNIT = re.compile(r"\^\s*\{?\\circ\}?|°|\\[,!;: ]|\\\$|\$")
 ASSIGNED = re.compile(r"^\s*\\?[A-Za-z]\w{0,5}\s*=\s*")
 FRACTION = re.compile(r"([-+]?)\s*(?:\\[dt]?frac\s*\{?\s*([-+]?\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?|(\d+)\s*/\s*(\d+))")
+MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(\\[dt]?frac\s*\{\d+\}\s*\{\d+\}|\s\d+\s*/\s*\d+)")
 DECIMAL = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.\d+)?")
 WORDS = re.compile(r"[A-Za-z]{2}[A-Za-z' -]*")
+YES_OR_NO = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then)\b[\s,:]*)?(yes|no)\b(?=\s*(?:[^\w\s]|$)|\s+(?:it|they|this|that)\b)"
+)
 OPERATOR = re.compile(
     r"[\\^*/+√π!_]|[A-Za-z0-9)]\s*-\s*[A-Za-z0-9(]|\d[a-zA-Z(]|[a-zA-Z)]\d|(?<![A-Za-z])(?:pi|sqrt)\b"
 )
@@ -79,8 +100,8 @@ def _judge_plain(completion: str, forms: list[str]) -> tuple[str, str]:
     said = final_answer(completion)
     if said is None:
         return "none", ""
-    words = all(WORDS.fullmatch(form.strip(" .")) for form in forms)
-    if marked is None and not words and NEGATED.search(said):
+    words = all(WORDS.fullmatch(unwrapped(form).strip(" .")) for form in forms)
+    if not words and _denies(said, forms):
         return "none", said
     if any(gold is not None for gold in golds):
         found = literal(said)
@@ -93,8 +114,16 @@ def _judge_plain(completion: str, forms: list[str]) -> tuple[str, str]:
         return ("right" if any(_same_words(said, form) for form in forms) else "wrong"), said
     if marked is None:
         spans = MATH.findall(said)
-        said = next(group for group in spans[-1] if group) if spans else said
+        said = spans[-1] if spans else said
     return "symbolic", said
+
+
+def _denies(said: str, forms: list[str]) -> bool:
+    """Whether an answer negates what it names, or says in words that it is a bound, as no gold form does."""
+    plain, golds = unwrapped(said), unwrapped(" ".join(forms))
+    denied = NEGATED.search(plain) and not NEGATED.search(golds)
+    stated = set(COMPARED.findall(LINK.split(plain)[-1].lower())) - {"or"}  # "x = 1 or x = 2" is a list
+    return bool(denied or (stated and not COMPARED.search(golds)))
 
 
 class Literal(tuple[Fraction, bool, int]):
@@ -103,19 +132,24 @@ class Literal(tuple[Fraction, bool, int]):
 
 @lru_cache(maxsize=4096)
 def literal(text: str) -> Literal | None:
-    """A number written as one: `1{,}234`, `-0.5`, `\\frac{3}{4}`, `3/4`, `50\\%`, `x = 7`, `7\\text{ cm}`; else None.
-    A fraction that is not in lowest terms is an unfinished division."""
-    text = UNIT.sub("", TEXT.sub(" ", text.translate(MINUS))).replace("dfrac", "frac").strip().rstrip(".")
+    """A number written as one: `1{,}234`, `-0.5`, `\\frac{3}{4}`, `2\\frac{1}{2}`, `50\\%`, `x = 7`, `7\\text{ cm}`;
+    else None. A fraction that is not in lowest terms is an unfinished division."""
+    text = unwrapped(UNIT.sub("", _without_unit(text.translate(MINUS))))
+    text = text.replace("dfrac", "frac").strip().rstrip(".")
     text = ASSIGNED.sub("", text).strip()
     percent = text.endswith("%")
     text = text.rstrip("\\%").strip()
-    match = FRACTION.fullmatch(text)
+    mixed = MIXED.fullmatch(text)
+    match = FRACTION.fullmatch(mixed.group(3).strip() if mixed else text)
     if match:
         sign, top, bottom = match.group(1), match.group(2) or match.group(4), match.group(3) or match.group(5)
         if len(top) + len(bottom) > 400 or int(bottom) == 0:
             return None
         value = Fraction(int(top), int(bottom))
         reduced = (abs(value.numerator), value.denominator) == (abs(int(top)), int(bottom)) and value.denominator > 1
+        if mixed:
+            sign, reduced = mixed.group(1), reduced and value < 1 and len(mixed.group(2)) <= 400
+            value += int(mixed.group(2)) if reduced else 0
         return Literal((-value if sign == "-" else value, percent, 0)) if reduced else None
     if not DECIMAL.fullmatch(text) or not any(c.isdigit() for c in text):
         found = numbers(text) if re.search(r"10\s*\^|[eE][-+]?\d", text) else []
@@ -125,15 +159,29 @@ def literal(text: str) -> Literal | None:
     return None if plain is None else Literal((plain, percent, len(text.partition(".")[2])))
 
 
+def _without_unit(text: str) -> str:
+    """Without the `\\text{ cm}` that ends it, unless that is no unit: `\\text{ or more}`, `\\text{ million}`."""
+    units = list(UNIT_TEXT.finditer(text))
+    start = end = len(text.rstrip(" .$"))
+    while units and units[-1].end() >= start:
+        said = units.pop()
+        start = said.start()
+        word = said.group(1).strip(" .,")
+        if word in VARIABLES or any(found.search(word) for found in (NEGATED, COMPARED, SCALED)):
+            return text
+    return text[:start] + text[end:] if start else text
+
+
 def _number_in_prose(said: str) -> Literal | None:
-    """The only number of a phrase, unless it is part of an expression."""
+    """The only number of a phrase, unless it is part of an expression or a bound."""
+    stated = after_link(said)
+    match = FRACTION.search(stated)
+    if match and len(numbers(stated)) == 2:
+        apart = stated[: match.start()] + stated[match.end() :]
+        return None if any(found.search(apart) for found in (COMPARED, RELATION, SCALED)) else literal(match.group())
     found = only_number(said)
-    match = FRACTION.search(said)
-    if match and len(numbers(said)) == 2:
-        return literal(match.group())
-    tail = re.split(r"[=≈]|\b(?:is|are|equals|so|be)\b", said)[-1]
-    if found is None or OPERATOR.search(tail):
-        return literal(tail)
+    if found is None or OPERATOR.search(stated):
+        return literal(stated)
     return Literal((found[0], found[1].startswith(("%", "\\%", "percent")), 0))
 
 
@@ -148,10 +196,12 @@ def _equal(gold: Literal, found: Literal) -> bool:
 
 
 def _same_words(said: str, gold: str) -> bool:
-    words, expected = re.findall(r"[a-z']+", said.lower()), re.findall(r"[a-z']+", gold.lower())
-    if expected in (["yes"], ["no"]):
-        return {word for word in words if word in ("yes", "no")} == set(expected)
-    return words == expected
+    said, gold = (unwrapped(text).replace("$", "").lower().strip(" .") for text in (said, gold))
+    if gold in ("yes", "no"):
+        begins, words = YES_OR_NO.match(said), re.findall(r"[a-z]+", said)
+        once = begins is not None and begins.group(1) == gold and words.count("yes") + words.count("no") == 1
+        return once and not (gold == "yes" and NEGATED.search(said))
+    return re.findall(r"[^\W_]+|[^\w\s.,;'\"]", said) == re.findall(r"[^\W_]+|[^\w\s.,;'\"]", gold)
 
 
 def _squeezed(text: str) -> str:

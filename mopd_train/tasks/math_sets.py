@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from .answers import final_answer, marked_answer, without_thinking
+from .columns import of_solution, with_answer
 from .math import INSTRUCTION, literal
 from .named import package_file, read_lines
 from .workers import workers
@@ -31,13 +32,14 @@ LEAD = re.compile(
 def adapt(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a known layout with `prompt` and `answer`; other rows as they are."""
     if "prompt" in row:
-        return row
+        return with_answer(row)
     for question, answer in COLUMNS:
         if row.get(question) is not None and row.get(answer) is not None:
             gold = row[answer]
-            if isinstance(gold, str):
-                gold = gold.rsplit("####", 1)[-1].strip()  # GSM8K
-                gold = (marked_answer(gold) or gold) if answer == "solution" else gold.strip("$")
+            if answer == "solution":
+                gold = of_solution(gold)
+            elif isinstance(gold, str):
+                gold = gold.rsplit("####", 1)[-1].strip().strip("$")  # GSM8K
             return {**row, "prompt": str(row[question]) + INSTRUCTION, "answer": gold}
     return row
 
@@ -135,7 +137,7 @@ def _candidates(completion: str) -> list[str]:
     if marked is not None:
         return [marked]
     final = final_answer(completion)
-    return [text] if final is None or final == text else [final, text]
+    return [text] if final is None or final == text else [final.replace("$", "").strip(), text]
 
 
 def score_puzzle(item: list[Any]) -> float:

@@ -7,30 +7,33 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from .answers import LONGEST, MINUS, NEGATED, final_answer, marked_answer, numbers, only_number, without_thinking
+from .answers import (
+    LONGEST,
+    MINUS,
+    NEGATED,
+    final_answer,
+    marked_answer,
+    numbers,
+    only_number,
+    unwrapped,
+    without_thinking,
+)
+from .units import converted, unit, with_raised_exponents
+from .wording import SUBSCRIPTS, plain, same_text
 
 TOLERANCE = 0.01  # relative, where a row has no column `tolerance`
-LABEL = re.compile(r"(?<![\w'])\(?([A-J])\)?(?![\w'+-])")
-LEAD = re.compile(r"\(?([A-Ja-j])([).:]+|\s+|$)\s*[-:]?\s*(.*)", re.DOTALL)
-PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "c": 1e-2, "m": 1e-3, "µ": 1e-6, "u": 1e-6, "n": 1e-9, "p": 1e-12}
-UNITS = {  # name -> (dimension, value in its base unit); prefixed ones are derived
-    "m": ("length", 1.0), "Å": ("length", 1e-10), "g": ("mass", 1.0), "s": ("time", 1.0), "min": ("time", 60.0),
-    "h": ("time", 3600.0), "J": ("energy", 1.0), "eV": ("energy", 1.602176634e-19), "W": ("power", 1.0),
-    "Pa": ("pressure", 1.0), "bar": ("pressure", 1e5), "atm": ("pressure", 101325.0), "Hz": ("frequency", 1.0),
-    "V": ("voltage", 1.0), "A": ("current", 1.0), "C": ("charge", 1.0), "N": ("force", 1.0), "mol": ("amount", 1.0),
-    "L": ("volume", 1.0), "K": ("temperature", 1.0), "°C": ("celsius", 1.0), "M": ("molarity", 1.0),
-    "u": ("atomic mass", 1.0), "Da": ("atomic mass", 1.0), "amu": ("atomic mass", 1.0), "g/mol": ("atomic mass", 1.0),
-    "J/mol": ("molar energy", 1.0), "g/cm3": ("density", 1.0), "kg/m3": ("density", 1e-3), "%": ("percent", 1.0),
-}  # fmt: skip
-SPELLED = {
-    "kelvin": "K", "kelvins": "K", "meters": "m", "meter": "m", "metres": "m", "picometers": "pm", "nanometers": "nm",
-    "grams": "g", "gram": "g", "seconds": "s", "joules": "J", "degrees celsius": "°C", "celsius": "°C", "moles": "mol",
-    "electronvolts": "eV", "ev": "eV", "g/cm^3": "g/cm3", "g/cm³": "g/cm3", "percent": "%", "liters": "L", "k": "K",
-    "angstrom": "Å", "kj mol^-1": "kJ/mol", "g mol^-1": "g/mol", "°c": "°C", "daltons": "Da",
-}  # fmt: skip
+LABELS = "ABCDEFGHIJ"
+LABEL = re.compile(r"(?<![\w'])\(?(?!I\s+[a-z])([A-J])\)?(?![\w'+-])")  # "I think C" names C
+LEAD = re.compile(r"\(?([A-Ja-j])([).:]+|\s+|$)(?:\s*[-:]\s)?\s*(.*)", re.DOTALL)
 NO_ANSWER = {"score": 0.0, "feedback": "The reply has no single final answer."}
 BRACKET = re.compile(r"\[[A-Z][^\[\]\s]{0,80}\]")
-MOLECULE = re.compile(r"[A-Z][A-Za-z0-9{}₀-₉+-]{0,80}")
+ENGLISH = re.compile(r"(?<!\S)[A-Z][a-z]?(?=\s+[a-z])")  # "In this case": not indium
+STATED = re.compile(r"(.*)\b(?:is|are)\b(.*)", re.DOTALL)
+UNSURE = re.compile(r"\b(?:is|are)\b|\b(?:and|or|but)\s*$", re.I)
+ARROW = re.compile(
+    r"\\(?:x?(?:long)?(?:left)?rightarrow|to|rightleftharpoons)(?![a-z])(?:\{\})?|[<⇌]?[-=]+>|[→⟶➔⇌]|=+", re.I
+)
+PLUS = re.compile(r"\s+\+\s*|(?<=\S)\+(?=\s*\d{0,4}[A-Z(\[])")  # between species: not the sign of Fe3+
 Verdict = dict[str, Any]
 
 
@@ -64,32 +67,50 @@ def _verdict(right: bool, said: str) -> Verdict:
     return {"score": float(right), "feedback": f"The answer {said} is {'right' if right else 'wrong'}."}
 
 
+def _said(completion: str) -> str | None:
+    """The final answer without LaTeX's type setting and dollars."""
+    said = final_answer(completion)
+    said = None if said is None else unwrapped(said).replace("\\%", "%").replace("$", "").strip().rstrip(".;,").strip()
+    return said or None
+
+
 def labelled(choices: Any) -> dict[str, str]:
-    """label -> text of a row's choices."""
-    if isinstance(choices, dict):
-        return {str(k): str(v) for k, v in zip(choices["label"], choices["text"], strict=True)}
-    return {chr(ord("A") + i): str(text) for i, text in enumerate(choices)}
+    """label -> text of a row's choices. ValueError for labels other than letters up to J."""
+    if not isinstance(choices, dict):
+        return {LABELS[i]: str(text) for i, text in enumerate(choices)}
+    options = {str(k).strip("() .").upper(): str(v) for k, v in zip(choices["label"], choices["text"], strict=True)}
+    if not options.keys() <= set(LABELS) or len(options) != len(choices["text"]):
+        raise ValueError(f"expected different labels of choices, each a letter of {LABELS}, got {choices['label']}")
+    return options
 
 
 def choice(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
     """The answer's label, or its text word for word. Two labels, or a label with another choice's text, are none."""
     options = labelled(row["choices"])
-    expected = str(gold).strip("() .")
-    if isinstance(gold, int) and not isinstance(gold, bool):
-        expected = list(options)[gold]
-    if expected not in options:
-        matching = [label for label, text in options.items() if _plain(text) == _plain(str(gold))]
-        if not matching:
-            raise ValueError(f"gold answer {gold!r} is neither a label nor a text of the choices {options}")
-        expected = matching[0]
-    said = final_answer(completion)
+    expected = _label(gold, options)
+    said = _said(completion)
     if said is None:
         return NO_ANSWER
-    said = re.sub(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}", r"\1", said)
     labels = _labels(said, options)
     if len(labels) != 1:
         return NO_ANSWER if labels or len(said) > 200 else _verdict(False, said)
     return _verdict(labels == {expected}, said)
+
+
+def _label(gold: Any, options: dict[str, str]) -> str:
+    """The label of a gold answer: an index, a label, or a choice's text. ValueError if it is none, or of several."""
+    if isinstance(gold, int) and not isinstance(gold, bool):
+        return list(options)[gold]
+    stated = str(gold).strip("() .").upper()
+    if stated in options:
+        return stated
+    for same in (str.__eq__, same_text):
+        matching = [label for label, text in options.items() if same(text.strip(), str(gold).strip())]
+        if len(matching) > 1:
+            raise ValueError(f"gold answer {gold!r} is the text of several choices: {matching} of {options}")
+        if matching:
+            return matching[0]
+    raise ValueError(f"gold answer {gold!r} is neither a label nor a text of the choices {options}")
 
 
 def _labels(said: str, options: dict[str, str]) -> set[str]:
@@ -98,36 +119,36 @@ def _labels(said: str, options: dict[str, str]) -> set[str]:
     lead = LEAD.match(said)
     if lead and lead.group(1).upper() in options:
         first, separator, rest = lead.group(1).upper(), lead.group(2), lead.group(3)
-        if not rest or _plain(rest) == _plain(options[first]):  # "C", "(C) Atrophy", also where that text names labels
+        if not rest or same_text(rest, options[first]):  # "C", "(C) Atrophy", also where that text names labels
             return {first}
         if separator.isspace() and lead.group(1) == "A" and rest[0].islower():
             labels.discard("A")  # an article
         elif not separator.isspace():
             labels.add(first)
-    texts = {label for label, text in options.items() if _plain(text) == _plain(said)}
-    if texts:
-        return texts
-    if NEGATED.search(said):
+        labels |= {label for label, text in options.items() if same_text(rest, text)}
+    texts = {label for label, text in options.items() if plain(text) == plain(said)}
+    if texts:  # case decides where it tells two choices apart
+        return {label for label in texts if same_text(said, options[label])} or texts
+    unquoted = said
+    for label in labels:
+        unquoted = re.sub(rf"(?<!\w){re.escape(options[label])}(?!\w)", " ", unquoted, flags=re.IGNORECASE)
+    if NEGATED.search(unquoted):
         return set(options)
+    whole = f" {plain(said)} "
     for label in list(labels):  # "I think (C) Atrophy": the text of another choice beside it contradicts the label
         labels |= {
             other
             for other, text in options.items()
-            if len(_plain(text)) > 2
-            and f" {_plain(text)} " in f" {_plain(said)} "
-            and _plain(text) not in _plain(options[label])
+            if len(plain(text)) > 2 and f" {plain(text)} " in whole and plain(text) not in plain(options[label])
         }
     return labels
 
 
-def _plain(text: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+|[-+]", text.lower()))
-
-
 def _gold_number(gold: Any) -> tuple[Fraction, str] | None:
-    found = numbers(str(gold))
-    starts = str(gold).translate(MINUS).strip()[:1] in "+-.0123456789"
-    return found[0] if len(found) == 1 and starts and len(found[0][1].split()) <= 2 else None
+    text = with_raised_exponents(str(gold)).strip()
+    found = numbers(text)
+    short = len(found) == 1 and (len(found[0][1].split()) <= 2 or unit(found[0][1]) is not None)
+    return found[0] if short and text[:1] in "+-.0123456789" else None
 
 
 def number(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
@@ -135,85 +156,54 @@ def number(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
     expected = _gold_number(gold)
     if expected is None:
         raise ValueError(f"gold answer {gold!r} of a numeric question is not one number")
-    said = final_answer(completion)
-    if said is None:
+    said = _said(completion)
+    found = None if said is None else only_number(with_raised_exponents(said))
+    if said is None or found is None:
         return NO_ANSWER
-    said = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r" \1", said).replace("\\,", " ").replace("\\%", "%")
-    found = only_number(said)
-    if found is None:
-        return NO_ANSWER
-    value, unit = _in_unit(float(found[0]), found[1], str(row.get("unit") or expected[1]))
-    if not unit:
+    value = converted(float(found[0]), found[1], with_raised_exponents(str(row.get("unit") or expected[1])))
+    if value is None:
         return {"score": 0.0, "feedback": f"The unit of {said[:80]} is wrong."}
     limit = abs(float(expected[0])) * float(row["tolerance"] if row.get("tolerance") is not None else TOLERANCE)
     return _verdict(abs(value - float(expected[0])) <= limit * (1 + 1e-9), said)
 
 
-def _in_unit(value: float, said: str, wanted: str) -> tuple[float, bool]:
-    """The value in the wanted unit, and whether its own unit allows that. Words that are no unit do not count."""
-    own, goal = _unit(said), _unit(wanted)
-    if own is None:
-        return value, not (goal is None and re.match(r"\s*[*/^+]", said))
-    if goal is None or own == goal:
-        return value, goal is not None or not wanted
-    if {own[0], goal[0]} == {"celsius", "temperature"}:
-        return value + (273.15 if own[0] == "celsius" else -273.15), True
-    return value * own[1] / goal[1], own[0] == goal[0]
-
-
-def _unit(text: str) -> tuple[str, float] | None:
-    """Dimension and size of the unit at the start of a text."""
-    text = text.strip(" .,;:()*$")
-    words = text.split()
-    for candidate in (" ".join(words[:2]), words[0] if words else ""):
-        name = SPELLED.get(candidate.lower(), candidate)
-        if name in UNITS:
-            return UNITS[name]
-        if name[:1] in PREFIXES and name[1:] in UNITS and UNITS[name[1:]][0] not in ("celsius", "percent"):
-            dimension, size = UNITS[name[1:]]
-            return dimension, size * PREFIXES[name[:1]]
-    return None
-
-
 def text(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
-    """The same words (or one of a list of accepted answers), case aside unless case is all that tells two apart."""
-    said = final_answer(completion)
+    """The same words and signs (or one of a list of accepted answers), alone or after the one "is" of a statement."""
+    said = _said(completion)
     if said is None:
         return NO_ANSWER
+    forms = [said, said.strip(" \"'[]()*")]
+    found = STATED.fullmatch(said) if len(said) < 200 else None
+    if found and not NEGATED.search(found.group(1)) and not UNSURE.search(found.group(1)):
+        forms.append(found.group(2).strip(" \"'[]()*:"))
     accepted = gold if isinstance(gold, list) else [gold]
-    stated = re.split(r"\b(?:is|are)\b(?!.*\b(?:is|are)\b)", said)[-1] if len(said) < 200 else said
-    same = any(_same_text(form, str(answer)) for answer in accepted for form in (said, stated))
-    return _verdict(same, said)
-
-
-def _same_text(said: str, gold: str) -> bool:
-    said, gold = said.strip(" \"'[]()*"), gold.strip(" \"'[]()*")
-    if len(gold) <= 2:  # chemical symbols: Co is not CO
-        return said == gold
-    return _plain(said) == _plain(gold)
+    return _verdict(any(same_text(form, str(answer)) for answer in accepted for form in forms), said)
 
 
 def formula(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
     """A molecular formula with the same count of every element; order and subscripts' form are free."""
+    expected = _atoms(str(gold).strip(" []"))
+    if expected is None:
+        raise ValueError(f"gold answer {gold!r} is no molecular formula of elements and counts")
     text = without_thinking(completion)
-    bracketed = [line[match.start() :] for line in text.splitlines() if (match := BRACKET.search(line))]
-    said = marked_answer(text) or (bracketed[-1] if bracketed else final_answer(completion))
-    if said is None or len(said) > LONGEST:
+    said = marked_answer(text)
+    lines = [line for line in text.splitlines() if BRACKET.search(line)]
+    if said is None and lines:  # as the question asks for it; what stands before it are other words
+        before, bracket, after = lines[-1].partition(BRACKET.findall(lines[-1])[0])
+        said = "" if NEGATED.search(before) else bracket + after
+    said = final_answer(completion) if said is None else said
+    if not said or len(said) > LONGEST or NEGATED.search(said) or re.search(r"\bor\b", said):
         return NO_ANSWER
-    stated = {
-        token
-        for token in re.split(r"[\s\[\]$,;:=()]+", said.replace("_", ""))
-        if MOLECULE.fullmatch(token.strip(".{}*"))
-    }
-    counts = [_atoms(token.strip(".*")) for token in stated]
-    if len(stated) != 1 or counts == [None]:
+    words = re.split(r"[\s\[\]$,;:=()]+", ENGLISH.sub("", re.sub(r"_\s*", "", unwrapped(said))))
+    counts = [count for word in words if (count := _atoms(word.strip(".{}*"))) is not None]
+    if not counts or any(count != counts[0] for count in counts):
         return NO_ANSWER
-    return _verdict(counts[0] == _atoms(str(gold).strip(" []")), said)
+    return _verdict(counts[0] == expected, said)
 
 
 def _atoms(text: str) -> dict[str, int] | None:
     """Element -> count of a formula without brackets; None for anything else."""
-    text = re.sub(r"[_{}]", "", text).translate(str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
+    text = re.sub(r"[_{}]", "", text).translate(SUBSCRIPTS)
     if len(text) > 80 or not re.fullmatch(r"(?:[A-Z][a-z]?\d{0,4})+(?:[+-]\d?)?", text):
         return None
     counts: dict[str, int] = {}
@@ -224,27 +214,31 @@ def _atoms(text: str) -> dict[str, int] | None:
 
 def equation(completion: str, gold: Any, row: dict[str, Any]) -> Verdict:
     """A balanced equation: the same coefficients for every species of both sides, as in the gold one."""
-    said = marked_answer(without_thinking(completion)) or final_answer(completion)
-    lines = [line for line in without_thinking(completion).splitlines() if re.search(r"=|→|->", line)]
-    said = said if said and re.search(r"=|→|->", said) else (lines[-1] if lines else None)
-    if said is None:
+    accepted = [_sides(str(answer)) for answer in (gold if isinstance(gold, list) else [gold])]
+    if None in accepted:
+        raise ValueError(f"gold answer {gold!r} is no equation of two sides")
+    said = marked_answer(without_thinking(completion))
+    said = final_answer(completion) if said is None else said
+    lines = [line for line in without_thinking(completion).splitlines() if ARROW.search(line)]
+    said = said if said and ARROW.search(said) else (lines[-1] if lines else None)
+    if said is None or NEGATED.search(said):
         return NO_ANSWER
-    accepted = gold if isinstance(gold, list) else [gold]
-    return _verdict(any(_sides(said) is not None and _sides(said) == _sides(str(answer)) for answer in accepted), said)
+    return _verdict(_sides(said) in accepted, said)
 
 
 def _sides(text: str) -> list[dict[str, int]] | None:
-    text = re.sub(r"[\s$_{}*]|\\(?:text|mathrm|ce)", "", text.replace("\\rightarrow", "=")).strip(".")
-    text = text.translate(str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
-    text = re.sub(r"^.*?:", "", text)
-    parts = re.split(r"=+>?|→|-+>", text)
+    text = re.sub(r"[$_{}*]", "", ARROW.sub("=", unwrapped(text))).translate(SUBSCRIPTS).strip(" .")
+    text = re.sub(r"^.*?:", "", text).strip()
+    if text[:1] == "[" and text[-1:] == "]" and not re.search(r"[\[\]]", text[1:-1]):
+        text = text[1:-1]
+    parts = text.split("=")
     if len(parts) != 2 or len(text) > 300:
         return None
     sides: list[dict[str, int]] = []
     for part in parts:
         species: dict[str, int] = {}
-        for term in part.split("+"):
-            match = re.fullmatch(r"(\d{0,4})(.+)", term)
+        for term in PLUS.split(part):
+            match = re.fullmatch(r"(\d{0,4})(\S+)", re.sub(r"\s", "", term.translate(MINUS)))
             if match is None:
                 return None
             species[match.group(2)] = species.get(match.group(2), 0) + int(match.group(1) or 1)

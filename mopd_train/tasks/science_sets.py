@@ -9,6 +9,7 @@ import sqlite3
 from functools import lru_cache
 from typing import Any
 
+from .columns import with_answer
 from .named import package_file, read_lines
 
 Row = dict[str, Any]
@@ -29,7 +30,7 @@ def adapt(row: Row) -> Row:
     """A row of SciKnowEval, ARC or MMLU with `prompt`, `choices` and `answer`; other rows as they are."""
     question = row.get("question")
     if question is None or (isinstance(row.get("prompt"), str | list) and "answer" in row):
-        return row
+        return with_answer(row)
     choices, key = row.get("choices"), row.get("answerKey")
     if isinstance(question, dict):  # OpenBookQA
         question, choices = question["stem"], question["choices"]
@@ -37,12 +38,23 @@ def adapt(row: Row) -> Row:
         choices = {"label": [c["label"] for c in choices], "text": [c["text"] for c in choices]}
     if choices and (isinstance(choices, list) or choices.get("text")):
         gold = key if key not in (None, "") else row.get("answer")
+        choices, gold = _lettered(choices, gold)
         return {**row, "prompt": with_choices(str(question), choices), "choices": choices, "answer": gold}
     return {
         **{k: v for k, v in row.items() if k != "choices"},
         "prompt": str(question),
         "answer": row.get("answer") or key,
     }
+
+
+def _lettered(choices: Any, gold: Any) -> tuple[Any, Any]:
+    """ARC labels some of its choices 1 to 4: the prompt shows letters, so the choices become a list, the gold answer
+    a letter."""
+    labels = [str(label) for label in choices["label"]] if isinstance(choices, dict) else []
+    if labels and labels == [str(number) for number in range(1, len(labels) + 1)]:
+        gold = chr(ord("A") + labels.index(str(gold))) if str(gold) in labels else gold
+        return list(choices["text"]), gold
+    return choices, gold
 
 
 def with_choices(question: str, choices: Any) -> str:

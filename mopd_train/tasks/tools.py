@@ -141,12 +141,22 @@ def with_tools(messages: list[dict[str, str]], tools: list[Schema]) -> list[dict
 
 
 def adapt(row: Row) -> Row | list[Row]:
-    """A row of the leaderboard; a ToolAlpaca API, which is one row an instruction; other rows as they are."""
+    """A row of the leaderboard; a ToolAlpaca API, which is one row an instruction; other rows as they are.
+
+    ValueError for a row without gold calls: they may be null, where any call is right, or [], where none is, but not
+    left out.
+    """
     if "Instructions" in row and "Function_Description" in row:
         return _toolalpaca_rows(row)
+    if "answer" not in row and "ground_truth" not in row:
+        raise ValueError(
+            "a tools row needs the right calls in column 'answer' or 'ground_truth': [] where no function fits, null "
+            f"where any call of a listed function is right; it has {sorted(row)}"
+        )
+    answer = row["answer"] if "answer" in row else row["ground_truth"]
     if "prompt" not in row and "function" in row and "question" in row:
-        return _bfcl_row(row, row.get("ground_truth", row.get("answer", [])))
-    return row
+        return _bfcl_row(row, row.get("ground_truth", answer))
+    return {**row, "answer": answer}
 
 
 def toolalpaca_schemas(described: dict[str, str]) -> list[Schema]:

@@ -27,6 +27,9 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     with pytest.raises(ValueError, match=r"bad.jsonl:2 is not valid JSON"):
         load_rows(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "rows.csv").write_text("prompt,answer\na,1\n")
+    with pytest.raises(ValueError, match=r"rows.csv is a file of kind '.csv', expected .jsonl, .json or .parquet"):
+        load_rows(str(tmp_path / "rows.csv"))
     with pytest.raises(FileNotFoundError, match=r"none.jsonl does not exist"):
         load_rows(str(tmp_path / "none.jsonl"))
 
@@ -75,6 +78,27 @@ def test_verl_parquet(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"bad.parquet is not a readable parquet file"):
         load_rows(str(tmp_path / "bad.parquet"))
+
+
+def test_verl_rows_of_code_and_of_tools(tmp_path):
+    """The tests of code are its ground truth; a row that lacks one is not a row whose answer is null."""
+    path = tmp_path / "verl.jsonl"
+    held = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"]}
+    call = {"fn_name": "f", "inputs": [[1], [2]], "outputs": [[2], [4]]}
+    for truth, name in ((held, None), (json.dumps(held), None), (json.dumps(call), "f")):
+        row = {"prompt": "Double it.", "reward_model": {"ground_truth": truth, "style": "rule"}}
+        path.write_text(json.dumps(row))
+        rows, _ = split_rows(DataConfig(task="code", train_dataset=str(path)), TASKS["code"])
+        outputs = [2, 4] if name else ["2\n", "4\n"]
+        assert [test["output"] for test in rows[0]["tests"]] == outputs
+        assert (rows[0]["prompt"], rows[0]["entry_point"]) == ("Double it.", name)
+    for truth in ({"style": "rule"}, {"ground_truth": "42"}):
+        path.write_text(json.dumps({"prompt": "Double it.", "reward_model": truth}))
+        with pytest.raises(ValueError, match=r"verl.jsonl:1 .* a code row needs tests"):
+            split_rows(DataConfig(task="code", train_dataset=str(path)), TASKS["code"])
+    path.write_text(json.dumps({"prompt": "Call.", "tools": [], "reward_model": {"style": "rule"}}))
+    with pytest.raises(ValueError, match=r"verl.jsonl:1 .* needs the right calls in column 'answer'"):
+        split_rows(DataConfig(task="tools", train_dataset=str(path)), TASKS["tools"])
 
 
 def test_layouts_are_mapped_when_a_task_reads_them(tmp_path):

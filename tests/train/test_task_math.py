@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mopd_train.tasks import math_sets
-from mopd_train.tasks.answers import final_answer, numbers, only_number
+from mopd_train.tasks.answers import final_answer, numbers, only_number, unwrapped
 from mopd_train.tasks.math import literal, reward
 from mopd_train.tasks.workers import Workers, workers
 from tests.train.verdicts import accepted, needs, refused, scores
@@ -42,6 +42,36 @@ def one(gold, completion, prompt="q"):
         ("[-1, 1]", r"\boxed{[-1,1]}"),
         ("No", "No, it is not."),
         (["C(10, 5)", "252"], "252"),
+        ("42", r"The final answer is \(42\)."),
+        ("42", r"The answer is \[42\]"),
+        ("42", "The answer is: \\[\n42\n\\]"),
+        ("42", "The answer is\n$$\n42\n$$"),
+        ("42", r"The answer is \(x = 42\)."),
+        ("42", r"so we get \(42\)"),
+        ("42", r"<answer>\(42\)</answer>"),
+        ("42", "**Answer:** 42"),
+        ("42", "The correct option is 42, since 41 is odd."),
+        ("42", "The number of terms greater than 3 is 42."),
+        ("42", "I was wrong, the answer is 42."),
+        ("3/4", r"**Answer:** \(\frac{3}{4}\)"),
+        ("33", r"\boxed{\text{33}}"),
+        ("5", r"\boxed{\mathbf{5}}"),
+        ("5", r"\boxed{\displaystyle 5}"),
+        ("12", r"\boxed{12\text{ cm}^2}"),
+        ("12", r"\boxed{12\,\mathrm{m}/\mathrm{s}}"),
+        ("5/2", r"\boxed{2\frac{1}{2}}"),
+        ("5/2", r"\boxed{2 1/2}"),
+        ("-5/2", r"\boxed{-2\frac{1}{2}}"),
+        ("1234567", r"\boxed{1\,234\,567}"),
+        ("n(n+1)/2", r"so the sum is \(\frac{n(n+1)}{2}\)."),
+        (r"\text{does not exist}", r"\boxed{\text{does not exist}}"),
+        ("x=1 or x=2", r"\boxed{x=1 \text{ or } x=2}"),
+        (r"\text{Yes}", r"\boxed{\text{Yes}}"),
+        ("Yes", "So the answer is: **Yes**, because 2 is even."),
+        ("Yes", "Therefore, yes it is."),
+        ("No", "no"),
+        ("x^2", "The sum over all terms is $x^2$."),
+        ("infinitely many", "Infinitely many."),
     ],
 )
 def test_right_answers(gold, completion):
@@ -78,6 +108,40 @@ def test_right_answers(gold, completion):
         (r"\frac{1}{3}", "0.33"),
         ("100", "10**10**10"),
         ("100", "1e999999999999"),
+        ("Yes", r"\boxed{Not yes}"),
+        ("Yes", "I would not say yes"),
+        ("Yes", "Yes, that is wrong"),
+        ("No", "no idea"),
+        ("No", "There is no answer"),
+        ("No", "I have no clue, sorry"),
+        ("No", r"\boxed{\text{no solution}}"),
+        ("infinitely many", "infinitely many + 5"),
+        ("5", r"\boxed{\text{not }5}"),
+        ("5", r"not \boxed{5}"),
+        ("5", r"It is not equal to $\boxed{5}$"),
+        ("5", r"\boxed{5} is wrong"),
+        ("5", "The wrong answer is 5"),
+        ("5", "I do not think that the answer is 5"),
+        ("5", "The answer is greater than 5."),
+        ("5", "The answer is at least 5"),
+        ("5", "x > 5"),
+        ("5", "x ≥ 5"),
+        ("5", "The answer is minus 5"),
+        ("5", "The square root of 5"),
+        ("5", "log 5"),
+        ("5", r"\boxed{5\text{ plus three}}"),
+        ("5", "The answer is 5 million"),
+        ("5", r"\boxed{\text{minus }5}"),
+        ("5", r"\boxed{5\text{ or more}}"),
+        ("5", r"\boxed{5\text{ million}}"),
+        ("5", r"\boxed{5\mathrm{i}}"),
+        ("42", r"\boxed{\text{at most }42}"),
+        ("42", r"\boxed{42\text{ or }42}"),
+        ("3/4", "The answer is less than 3/4"),
+        ("x+1", r"\boxed{\text{not } x+1}"),
+        ("x+1", r"\boxed{\text{at most } x+1}"),
+        ("1", r"\boxed{2\frac{1}{2}}"),
+        ("9/2", r"\boxed{3\frac{3}{2}}"),
     ],
 )
 def test_wrong_answers(gold, completion):
@@ -152,10 +216,28 @@ def test_workers_end_what_hangs_and_go_on():
 
 def test_hostile_replies_cost_linear_time():
     """Each of these took minutes with a quadratic expression; a test run of this file would show it."""
-    for unit in ("\\boxed{", "<think>", "<answer>", "the answer is ", "111,", "1e", "-", ". ", "[", "1x10^"):
+    for unit in (
+        "\\boxed{",
+        "\\[",
+        "$$ ",
+        "not the ",
+        "not boxed \\boxed{7}",
+        "\\text{",
+        "{}",
+        "<think>",
+        "<answer>",
+        "the answer is ",
+        "111,",
+        "1e",
+        "-",
+        ". ",
+        "[",
+        "1x10^",
+    ):
         reply = unit * (100_000 // len(unit))
         final_answer(reply)
         numbers(reply)
+        unwrapped(reply)
 
 
 def test_numbers_are_read_with_their_powers_and_units():
@@ -194,4 +276,16 @@ def test_layouts_of_mathematics():
     ]
     assert [row["answer"] for row in adapted] == [204, r"\frac{1}{2}", "6", "6"]
     assert all(row["prompt"] == "p" + math_sets.INSTRUCTION for row in adapted)
+    for more, gold in (
+        ({"solution": r"so \boxed{3}"}, "3"),
+        ({"solution": "one\ntwo\n#### 3"}, "3"),
+        ({"solution": "$3$"}, "$3$"),
+        ({"ground_truth": "3"}, "3"),
+        ({"answer": "3", "solution": "four"}, "3"),
+    ):
+        row = math_sets.adapt({"prompt": "1 + 2?", **more})
+        assert (row["prompt"], row["answer"]) == ("1 + 2?", gold)
+        assert scores(reward, [row], [r"\boxed{3}"]) == [1.0]
+    with pytest.raises(ValueError, match="'solution' marks no final answer"):
+        math_sets.adapt({"prompt": "1 + 2?", "solution": "first this\nthen that"})
     assert math_sets.adapt({"prompt": "mine", "answer": "1"}) == {"prompt": "mine", "answer": "1"}

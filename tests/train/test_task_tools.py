@@ -223,6 +223,14 @@ def test_layouts_of_tool_use():
     assert "getDay" in rows[0]["prompt"][0]["content"]
     replies = ['Action: getDay\nAction Input: {"date": "2024-01-01"}', 'getDay(date="2024-01-02")']
     assert scores(tools.reward, rows * 2, replies) == [1.0, 0.0]
+    asked = {"question": "Start a timer of 5 minutes", "function": tool_sets.TOOLS}
+    for row in ({"prompt": "q", "tools": tool_sets.TOOLS}, asked):
+        with pytest.raises(ValueError, match="needs the right calls in column 'answer' or 'ground_truth'"):
+            tools.adapt(row)
+    for row in ({"prompt": "q", "tools": tool_sets.TOOLS}, asked):
+        calls = ["timer(minutes=5)", "clock()", "There is none."]
+        assert scores(tools.reward, [tools.adapt({**row, "answer": None})] * 3, calls) == [1.0, 0.0, 0.0]
+        assert scores(tools.reward, [tools.adapt({**row, "ground_truth": []})] * 3, calls) == [0.0, 0.0, 1.0]
     openai = [{"type": "function", "function": tool_sets.TOOLS[1]}]
     row = {"tools": json.dumps(openai), "answer": '[{"name": "timer", "arguments": {"minutes": 5}}]'}
     assert scores(tools.reward, [row], ["timer(minutes=5)"]) == [1.0]
