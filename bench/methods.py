@@ -43,6 +43,7 @@ METHODS: Runs = {
     "opd": ("OPD, trained teacher", [*SLOW, "--method", "opd", "--distillation.teacher_regularization", "frozen"]),
 }
 TEACHER_OF_OPD = "grpo-0"
+FINISHED = "evaluation-after.json"  # the last thing that a run writes
 COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#999999", "#CC79A7", "#E69F00")
 
 
@@ -98,8 +99,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
                "--training.seed", str(seed), "--training.overwrite_output_dir", "true"]  # fmt: skip
     process = os.spawnv(os.P_NOWAIT, command[0], command)
     _, status, usage = os.wait4(process, 0)
-    if status != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with status {status}")
+    if status != 0 or not (folder / FINISHED).is_file():  # a run that was told to stop ends with 0
+        raise RuntimeError(f"{' '.join(command)} ended with status {status} before it was done")
     (folder / "usage.json").write_text(json.dumps({"peak_bytes": usage.ru_maxrss << 10, "commit": commit()}))
     if folder.name != TEACHER_OF_OPD:
         for path in checkpoints(folder):  # 2 GB a run
@@ -108,7 +109,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
 
 def collected(folder: Path) -> dict[str, Any] | None:
     """Curve, held-out scores, time and memory of a finished run; None where it has not finished."""
-    if not (folder / "usage.json").is_file():
+    if not all((folder / name).is_file() for name in ("usage.json", FINISHED)):
         return None
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     before, after = (json.loads((folder / f"evaluation-{when}.json").read_text()) for when in ("before", "after"))
@@ -151,7 +152,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], labels: dict[str, str], path: Pa
     """Mean reward of the rollouts of each step, averaged over seeds, with the range of the seeds; and held-out ends."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     curve, ends = figure.subplots(1, 2, width_ratios=(2, 1))
     for color, (name, found) in zip(COLORS, runs.items(), strict=False):
         rewards = list(zip(*(smooth(run["reward"]) for run in found), strict=True))
@@ -162,7 +163,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], labels: dict[str, str], path: Pa
         for run in found:
             ends.plot([place - 0.1, place + 0.1], run["mean_at_k"], "-o", color=COLORS[place], markersize=3, alpha=0.7)
     curve.set(xlabel="step", ylabel="mean reward of the rollouts (3-step mean)", ylim=(0, 1))
-    curve.legend(loc="upper left", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     ends.set(ylabel="held-out mean@8, before and after", ylim=(0, 1), xticks=range(len(runs)))
     ends.set_xticklabels(runs, rotation=30, ha="right", fontsize=8)
     for axes in (curve, ends):

@@ -27,7 +27,8 @@ def finished(folder: Path, seed: int, rewards: list[float], after: float) -> Non
 def test_finished_runs_are_collected_and_unfinished_ones_left_out(tmp_path, capsys):
     finished(tmp_path / "grpo-0", 0, [0.0, 0.5, 1.0], 0.25)
     finished(tmp_path / "grpo-1", 1, [0.2, 0.2, 0.2], 0.5)
-    (tmp_path / "sdpo-0").mkdir()
+    finished(tmp_path / "sdpo-0", 0, [0.5], 0.5)
+    (tmp_path / "sdpo-0" / methods.FINISHED).unlink()  # told to stop, which is no failure
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"
     assert main(["methods", "--collect", "--runs", str(tmp_path), "--out", str(out), "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
