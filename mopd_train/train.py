@@ -135,17 +135,17 @@ def read_contexts(
     if method_of(config).teacher != "context":
         return [[None] * len(group.rollouts) for group in groups], {}
 
-    def sampled(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    def sampled(prompts: list[list[int]], tokens: int, seeds: list[int]) -> list[list[int]]:
         rollout, stops = config.rollout, stop_token_ids(run.student, run.tokenizer)
         sampling = Sampling(1, tokens, rollout.temperature, rollout.top_p, rollout.generation_batch_size)
-        replies = sample(run.student, prompts, sampling, stops, int(run.tokenizer.pad_token_id), seed)
+        replies = sample(run.student, prompts, sampling, stops, int(run.tokenizer.pad_token_id), seeds)
         return [reply for (reply,) in replies]
 
     batch = groups
     if settings.peer_control_mode != "none":
         batch = [group for part in run.ranks.everywhere(groups) for group in part]
     template = config.data.chat_template_kwargs
-    summaries = PeerSummaries(groups, run.tokenizer, settings, template, sampled)
+    summaries = PeerSummaries(groups, run.tokenizer, settings, template, sampled, seed)
     with clock("contexts"), run.engine.sampling() if settings.summary_k else nullcontext():
         contexts = step_contexts(groups, run.tokenizer, settings, template, seed, summaries, batch)
     return contexts, shares(run.ranks.totals(summaries.counts)) if settings.summary_k else {}
