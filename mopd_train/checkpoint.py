@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,31 @@ def find_resume(requested: str | None, output_dir: Path) -> Path | None:
         damage = what_is_damaged(path)
         if damage is None:
             return path
-        logger.warning("%s is damaged (%s): it is set aside as %s.damaged", path, damage, path.name)
-        shutil.rmtree(f"{path}.damaged", ignore_errors=True)
-        path.rename(f"{path}.damaged")
+        set_aside(path, "damaged", f"is damaged ({damage})")
     raise ValueError(
         f"every checkpoint of {output_dir} is damaged ({', '.join(path.name for path in found)}): start again with "
         "--training.overwrite_output_dir true, or restore one from a copy"
     )
+
+
+def set_aside(path: Path, suffix: str, why: str) -> None:
+    """Renamed to a name that `checkpoints` does not find and that nothing has yet."""
+    names = (f"{path.name}.{suffix}{number or ''}" for number in count())
+    name = next(name for name in names if not path.with_name(name).exists())
+    logger.warning("%s %s: it is set aside as %s", path, why, name)
+    path.rename(path.with_name(name))
+
+
+def set_aside_later(output_dir: Path, resume: Path | None) -> bool:
+    """Whether there were checkpoints of the steps after `resume`, from which the run goes on: they would be taken for
+    newer than those still to be written. So would one of the same step in its place."""
+    if resume is None:
+        return False
+    step = step_of(resume)
+    later = [p for p in checkpoints(output_dir) if step_of(p) >= step and p.resolve() != resume.resolve()]
+    for path in later:
+        set_aside(path, "abandoned", f"is left behind, as the run goes on from {resume}")
+    return bool(later)
 
 
 def _intact(path: Path, output_dir: Path) -> Path:
@@ -146,10 +165,15 @@ def save(
             f"training.output_dir elsewhere; last complete checkpoint: {last[-1] if last else 'none'}"
         ) from failure
     if ranks.is_main:
-        shutil.rmtree(target, ignore_errors=True)
+        replaced = output_dir / f"checkpoint-{step}.replaced"
+        if target.exists():  # not deleted until the new one is in its place
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         staging.rename(target)
         fsync_folder(output_dir)
-        for old in checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(replaced, ignore_errors=True)
+        others = [path for path in checkpoints(output_dir) if path != target]
+        for old in others[::-1][keep - 1 :]:
             shutil.rmtree(old)
     ranks.everywhere(None)
     return target

@@ -6,6 +6,7 @@ Settings come from defaults, then --config FILE (YAML), then --section.key value
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import logging
 import os
 import shlex
@@ -68,7 +69,11 @@ def build_parser() -> Any:
         return parser
 
     parser = ArgumentParser(
-        prog="mopd", description="Multi-Rollout On-Policy Distillation", formatter_class=HelpFormatter
+        prog="mopd",
+        description="Multi-Rollout On-Policy Distillation",
+        formatter_class=HelpFormatter,
+        version=version(),
+        allow_abbrev=False,  # an abbreviated key is an unknown one; the commands take this over
     )
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("train", command("train", "Train a student by MOPD."), help="train a student")
@@ -210,6 +215,13 @@ def _run(parsed: Any) -> None:
         from .evaluate import evaluate_command
 
         evaluate_command(config, Path(options.output))
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("mopd")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown: run from a folder that was not installed"
 
 
 def quieten() -> None:

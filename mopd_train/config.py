@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .method_config import BaselineConfig, ContextConfig, ContextName, DistillationConfig, MethodName
 from .models import EMBEDDED
@@ -172,8 +172,9 @@ class SandboxConfig:
     """Wall clock of one test (LiveCodeBench's limit)."""
     completion_seconds: float = 60.0
     """Wall clock of all tests of a completion."""
-    batch_seconds: float = 600.0
-    """After it no further completion of a batch is judged: those left have no reward, and are counted."""
+    batch_seconds: float = 480.0
+    """After it no further completion of a batch is judged: those left have no reward, and are counted. The last one
+    begun must still end within data.reward_timeout, which would end the run."""
     memory_mb: int = 1024
     """Address space of one process; the memory of all of a run's where a cgroup can be made."""
     disk_mb: int = 64
@@ -206,8 +207,9 @@ class Config:
 
 
 def validate(config: Config) -> None:
-    """ValueError naming key, value and remedy; types were checked by the parser. What the method reads is checked by
-    `objectives.settle`."""
+    """ValueError naming key, value and remedy; types were checked by the parser, and of choices are so again here for
+    those who build a Config in Python. What the method reads is checked by `objectives.settle`."""
+    _validate_choices(config)
     rollout, training = config.rollout, config.training
     at_least_one = {
         "rollout.num_prompts": rollout.num_prompts,
@@ -225,6 +227,7 @@ def validate(config: Config) -> None:
         "model.lora_r": config.model.lora_r,
         "model.lora_alpha": config.model.lora_alpha,
         "evaluation.k": config.evaluation.k,
+        "evaluation.num_prompts": 1 if config.evaluation.num_prompts is None else config.evaluation.num_prompts,
         "sandbox.workers": 1 if config.sandbox.workers is None else config.sandbox.workers,
         "sandbox.memory_mb": config.sandbox.memory_mb,
         "sandbox.disk_mb": config.sandbox.disk_mb,
@@ -256,9 +259,25 @@ def validate(config: Config) -> None:
         raise ValueError(f"training.hub_model_id={training.hub_model_id!r} is only read with training.push_to_hub true")
 
 
+def _validate_choices(config: Config) -> None:
+    """Every Literal field, and every list of them, holds what its type allows."""
+    sections = {f"{name}.": section for name, section in vars(config).items() if is_dataclass(section)}
+    for prefix, section in {"": config, **sections}.items():
+        for name, hint in get_type_hints(type(section)).items():
+            choices = [value for part in (hint, *get_args(hint)) for value in _choices(part)]
+            given, many = getattr(section, name), get_origin(hint) is list
+            if choices and many and not isinstance(given, list):
+                raise ValueError(f"expected a list in {prefix}{name}, got {given!r}")
+            wrong = [value for value in (given if many else [given]) if value not in choices]
+            if wrong and any(value is not None for value in choices):
+                raise ValueError(f"expected {prefix}{name} in {choices}, got {wrong[0]!r}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return (None,) if hint is type(None) else get_args(hint) if get_origin(hint) is Literal else ()
+
+
 def _validate_vllm(rollout: RolloutConfig) -> None:
-    if rollout.vllm_mode not in ("colocate", "server"):
-        raise ValueError(f"expected rollout.vllm_mode colocate or server, got {rollout.vllm_mode!r}")
     if not 0 < rollout.vllm_gpu_memory_utilization <= 1:
         raise ValueError(
             f"expected rollout.vllm_gpu_memory_utilization in (0, 1], got {rollout.vllm_gpu_memory_utilization}"

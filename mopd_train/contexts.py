@@ -7,7 +7,6 @@ re-tokenised. Source: arXiv 2605.12652.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .config import ContextConfig
-from .peers import CONTEXTS, Peers, choose_peers, strangers_of
+from .peers import CONTEXTS, Peers, choose_peers, shown_text, strangers_of
 from .rollout import Group, Messages, Rollout
 
 __all__ = ["CONTEXTS", "Peers", "TeacherPrompt", "choose_peers", "encode_prompt", "step_contexts", "teacher_prompts"]
-
-THINKING = re.compile(r"<think>.*?(</think>|\Z)\s*", re.DOTALL)
 
 # Summaries of the rollouts named by (place of the group, place in the group).
 Summarizer = Callable[[list[tuple[int, int]]], dict[tuple[int, int], str]]
@@ -45,7 +42,7 @@ def step_contexts(
     """`teacher_prompts` of all groups of a step; every summary that one of them shows is made once."""
     strangers: list[list[Rollout]] = [[] for _ in groups]
     if config.peer_control_mode != "none":
-        strangers = [strangers_of(group, batch or groups, config.success_reward_threshold) for group in groups]
+        strangers = [strangers_of(group, batch or groups, config) for group in groups]
     made: dict[tuple[int, int], str] = {}
     if config.summary_k and summarize is not None:
         chosen = [choose_peers(group, config, seed + i, strangers[i]) for i, group in enumerate(groups)]
@@ -87,13 +84,15 @@ def prompts_showing(
     summaries: Mapping[int, str] | None = None,
 ) -> list[TeacherPrompt | None]:
     """The same for peers that the caller chose."""
-    built: dict[Peers, TeacherPrompt | None] = {}
+    blocks = {peers: _blocks(group, peers, tokenizer, config, strangers, summaries or {}) for peers in set(chosen)}
+    built: dict[tuple[Peers, str | None], TeacherPrompt | None] = {}
     prompts = []
-    for peers in chosen:
-        if peers not in built:
-            blocks = _blocks(group, peers, tokenizer, config, strangers, summaries or {})
-            built[peers] = _teacher_prompt(group, peers, blocks, tokenizer, config, chat_template_kwargs)
-        prompts.append(built[peers])
+    for rollout, peers in zip(group.rollouts, chosen, strict=True):
+        feedback = _feedback(blocks[peers], config) if blocks[peers] else _own_feedback(rollout, group, config)
+        key = peers, feedback
+        if key not in built:
+            built[key] = _teacher_prompt(group, *key, blocks[peers], tokenizer, config, chat_template_kwargs)
+        prompts.append(built[key])
     return prompts
 
 
@@ -136,6 +135,7 @@ def _blocks(
 def _teacher_prompt(
     group: Group,
     peers: Peers,
+    feedback: str | None,
     blocks: list[_Block],
     tokenizer: PreTrainedTokenizerBase,
     config: ContextConfig,
@@ -143,11 +143,10 @@ def _teacher_prompt(
 ) -> TeacherPrompt | None:
     if config.context == "none" and not config.summary_k:
         return TeacherPrompt(group.prompt.token_ids, peers, shows_feedback=False)
-    if not blocks:
+    if not blocks and feedback is None:
         return None
-    feedback = _feedback(blocks, config)
     texts, templates = [block.text for block in blocks], [block.template for block in blocks]
-    if feedback:
+    if feedback is not None:
         texts.append(feedback)
         templates.append(config.feedback_template)
 
@@ -169,11 +168,13 @@ def _feedback(blocks: list[_Block], config: ContextConfig) -> str | None:
     return "\n".join(text for text in said if text) or None
 
 
-def shown_text(rollout: Rollout, config: ContextConfig) -> str:
-    text = rollout.text
-    if config.remove_thinking_from_demonstration:
-        text = THINKING.sub("", text)
-    return text.strip()
+def _own_feedback(rollout: Rollout, group: Group, config: ContextConfig) -> str | None:
+    """Where there is no peer to show: feedback on the attempt that is scored, as in the paper's code. Only where no
+    rollout of the group succeeded: elsewhere it would tell failures from successes."""
+    threshold = config.success_reward_threshold
+    if config.feedback_condition == "never" or any(other.succeeded(threshold) for other in group.rollouts):
+        return None
+    return (rollout.feedback or None) if rollout.failed(threshold) else None
 
 
 def excerpt(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:

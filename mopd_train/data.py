@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import DataConfig
 from .contexts import encode_prompt
-from .rollout import Prompt
+from .rollout import Messages, Prompt
 from .tasks import BENCHMARKS, NAMED_SETS, Row, Task, as_messages
 
 logger = logging.getLogger(__name__)
@@ -164,10 +164,16 @@ def build_prompts(
             raise ValueError(
                 f"{where} lacks column {missing[0]!r}, which task {config.task!r} reads; it has {sorted(row)}"
             )
-        messages = as_messages(row["prompt"])
-        if not any(message.get("role") == "user" for message in messages):
+        try:
+            messages = messages_of(row["prompt"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not any(message["role"] == "user" for message in messages):
             raise ValueError(f"{where} has no user message in its prompt: {messages!r:.200}")
-        token_ids = encode_prompt(messages, tokenizer, config.chat_template_kwargs)
+        try:
+            token_ids = encode_prompt(messages, tokenizer, config.chat_template_kwargs)
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"{where}: the chat template refuses its prompt: {error}") from error
         if len(token_ids) > config.max_prompt_length:
             raise ValueError(
                 f"{where}: its prompt is {len(token_ids)} tokens, over "
@@ -175,6 +181,26 @@ def build_prompts(
             )
         prompts.append(Prompt(messages, token_ids, row))
     return prompts
+
+
+def messages_of(prompt: Any) -> Messages:
+    """A prompt, text or messages, as messages of text; parts of text are joined. ValueError for anything else."""
+    messages = as_messages(prompt)
+    if not isinstance(messages, list):
+        raise ValueError(f"expected a string or a list of messages as prompt, got {prompt!r:.100}")
+    checked = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"expected messages of the form {{role, content}} in a prompt, got {message!r:.100}")
+        content: Any = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+            checked.append({**message, "content": "".join(part["text"] for part in parts)})
+        elif content is None and message["role"] == "assistant" and message.get("tool_calls"):
+            checked.append(message)  # a call is all it says
+        else:
+            raise ValueError(f"expected text, or parts of text, as content of a message, got {content!r:.100}")
+    return checked
 
 
 def step_prompts(prompts: list[Prompt], step: int, per_step: int, seed: int) -> list[Prompt]:

@@ -47,9 +47,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """What JSON has no form for, such as the dates of a parquet column, is written as text."""
     with replacing(path) as handle:
         for row in rows:
-            handle.write(json.dumps(row) + "\n")
+            handle.write(json.dumps(row, default=str) + "\n")
 
 
 def fsync_folder(path: Path) -> None:

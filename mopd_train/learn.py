@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .contexts import TeacherPrompt
 from .distributed import Ranks
 from .metrics import Clock, check_finite
+from .models import warn_of_length
 from .objectives import Example, Loss, TokenBatch, method_of
 from .objectives.batch import engine_gap
 from .objectives.distillation import steps_of
@@ -118,6 +119,9 @@ def hidden_states(
     prompts = [example.teacher_prompt_ids if teacher else example.prompt_ids for example in own] or [[0]]
     completions = [example.rollout.token_ids for example in own] or [[0]]
     settings, pad_id = run.config.training, int(run.tokenizer.pad_token_id)
+    if teacher:
+        longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
+        warn_of_length(model, longest, "lower context.max_reprompt_len, to which teacher prompts are cut")
     with torch.set_grad_enabled(not teacher):
         hidden, computed = run.engine.through(
             model,

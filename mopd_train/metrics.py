@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,18 +15,19 @@ from .rollout import Group, Rollout
 
 
 def group_metrics(groups: list[Group], threshold: float) -> dict[str, float]:
-    """Rewards are averaged by group; groups without any verdict are left out."""
+    """Rewards are averaged by group; groups without any verdict are left out. `reward_std` is the sample deviation, as
+    in TRL, and 0 where all rewards are equal or only one is known, as for advantages."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = [torch.tensor([r.reward for r in g.rollouts if r.reward is not None]) for g in groups]
-    rewards = [values for values in rewards if values.numel()]
-    spread = [float(values.std(correction=0)) for values in rewards]
+    judged = [[r.reward for r in g.rollouts if r.reward is not None] for g in groups]
+    rewards = [values for values in judged if values]
+    spread = [statistics.stdev(values) if len(set(values)) > 1 else 0.0 for values in rewards]
     names = dict.fromkeys(name for r in rollouts for name in r.scores)
     given = {name: [score for r in rollouts if (score := r.scores.get(name)) is not None] for name in names}
     return {
         **(
             {f"rewards/{name}/mean": mean(scores) for name, scores in given.items() if scores} if len(names) > 1 else {}
         ),
-        "reward": mean([float(values.mean()) for values in rewards]),
+        "reward": mean([float(torch.tensor(values).mean()) for values in rewards]),
         "reward_std": mean(spread),
         "frac_reward_zero_std": mean([float(s == 0) for s in spread]),
         "completions/mean_length": mean([len(r.token_ids) for r in rollouts]),

@@ -122,6 +122,18 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
         )
 
 
+def warn_of_length(model: PreTrainedModel, tokens: int, remedy: str) -> None:
+    """One warning a remedy, where a sequence of so many tokens is longer than what the model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        _warn_once(f"sequences go past the model's max_position_embeddings={limit}: {remedy}")
+
+
+@lru_cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_name: str) -> None:
     """ValueError unless both encode the probe strings alike: token ids are shared between the two models."""
     for probe in PROBES:

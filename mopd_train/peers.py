@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from .config import ContextConfig
 from .rollout import Group, Rollout
+from .tasks.answers import without_thinking
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Peers:
     attempts: tuple[int, ...] = ()  # chosen whatever the verdict; each is labelled with its own
     strangers: tuple[int, ...] = ()  # places among the successes of other prompts, by a control
     summaries: tuple[int, ...] = ()  # shown in one sentence, each labelled with its verdict
+
+
+def shown_text(rollout: Rollout, config: ContextConfig) -> str:
+    """What a peer shows of itself; empty where it ended at once or within its thinking. Then it is nobody's peer."""
+    text = without_thinking(rollout.text) if config.remove_thinking_from_demonstration else rollout.text
+    return text.strip()
 
 
 # Peers out of the other judged rollouts of the group, which come in drawn order; threshold of success.
@@ -129,14 +136,16 @@ CONTROLS: dict[str, Callable[[Peers, Candidates], Peers]] = {
 
 
 def choose_peers(group: Group, config: ContextConfig, seed: int, strangers: Sequence[Rollout] = ()) -> list[Peers]:
-    """Peers of every rollout, among the judged rollouts that are not itself, in an order drawn from `seed`: one
-    order a group (shared) or one a rollout (random). `strangers`: successes of other prompts, for the controls."""
+    """Peers of every rollout, among the judged rollouts that are not itself and have a text to show, in an order drawn
+    from `seed`: one order a group (shared) or one a rollout (random). `strangers`: successes of other prompts, for the
+    controls."""
     choose, chosen = CONTEXTS[config.context], []
+    fit = {i for i, r in enumerate(group.rollouts) if r.reward is not None and shown_text(r, config)}
     for own in range(len(group.rollouts)):
         order = list(range(len(group.rollouts)))
         rng = random.Random(seed if config.peer_choice == "shared" else f"{seed}/{own}")
         rng.shuffle(order)
-        others = [i for i in order if i != own and group.rollouts[i].reward is not None]
+        others = [i for i in order if i != own and i in fit]
         peers = choose(group, others, config.success_reward_threshold)
         if config.failure_solution_condition == "when_no_solution" and peers.successes:
             peers = replace(peers, failures=())
@@ -159,12 +168,13 @@ def _summarised(group: Group, others: list[int], peers: Peers, config: ContextCo
     return tuple(left[: config.summary_k])
 
 
-def strangers_of(group: Group, batch: Sequence[Group], threshold: float) -> list[Rollout]:
-    """Successes of the batch's other prompts; a group of the same prompt drawn twice is no other prompt."""
+def strangers_of(group: Group, batch: Sequence[Group], config: ContextConfig) -> list[Rollout]:
+    """Successes of the batch's other prompts that have a text to show; a group of the same prompt drawn twice is no
+    other prompt."""
     return [
         rollout
         for other in batch
         if other.prompt.token_ids != group.prompt.token_ids
         for rollout in other.rollouts
-        if rollout.succeeded(threshold)
+        if rollout.succeeded(config.success_reward_threshold) and shown_text(rollout, config)
     ]

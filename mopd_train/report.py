@@ -25,9 +25,10 @@ def before_after_table(before: Scores, after: Scores) -> Table:
     table = Table(title=f"Held-out, {after.prompts} prompts x {after.k} samples")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, old in before.as_dict().items():
-        new = after.as_dict()[name]
-        table.add_row(name, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in (old, new)))
+    old, new = before.as_dict(), after.as_dict()
+    for name in old | new:  # resumed with another evaluation.k, mean@k and pass@k have a row each
+        values = (row.get(name, "") for row in (old, new))
+        table.add_row(name, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     return table
 
 
@@ -42,8 +43,11 @@ def plot_run(rows: list[dict[str, Any]], path: Path, before: Scores | None = Non
     reward.plot(steps, [row["reward"] for row in trained], color="#0072B2", label="rollouts, mean reward")
     if before and after and steps:
         ends = [steps[0] - 1, steps[-1]]
-        reward.plot(ends, [before.mean_at_k, after.mean_at_k], "o", color="#D55E00", label=f"held-out mean@{after.k}")
-    reward.set(xlabel="step", ylabel="reward", ylim=(0, 1))
+        marks = " and ".join(dict.fromkeys(f"mean@{scores.k}" for scores in (before, after)))
+        reward.plot(ends, [before.mean_at_k, after.mean_at_k], "o", color="#D55E00", label=f"held-out {marks}")
+    reward.set(xlabel="step", ylabel="reward")
+    if all(0 <= row["reward"] <= 1 for row in trained):  # weighted or negative rewards need a range of their own
+        reward.set_ylim(0, 1)
     reward.legend(loc="lower right")
     loss.plot(steps, [row["loss"] for row in trained], color="#0072B2")
     loss.set(xlabel="step", ylabel="loss")

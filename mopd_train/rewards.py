@@ -51,6 +51,8 @@ class Rewards:
             given = self._given(arguments)
         columns = []
         for name, verdicts in zip(self.names, given, strict=True):
+            if not hasattr(verdicts, "__len__"):
+                raise TypeError(f"reward function {name!r}: expected a list of {count} verdicts, got {verdicts!r:.100}")
             if len(verdicts) != count:
                 raise ValueError(f"reward function {name!r}: expected {count} verdicts, got {len(verdicts)}")
             columns.append([_checked(verdict, name, arguments, i) for i, verdict in enumerate(verdicts)])
@@ -159,9 +161,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 def task_of(settings: Config, reward_fns: Sequence[RewardFunction] | None = None) -> Task:
     """The task of the settings, judged by `reward_fns`, else by data.reward_functions, else by its own verifier."""
     config = settings.data
-    task = find_task(config.task, settings)
+    if callable(reward_fns):
+        raise TypeError(f"expected a list of functions in reward_fns, got {reward_fns!r}: put it in [ ]")
     functions = list(reward_fns or []) or [imported(path, "data.reward_functions") for path in config.reward_functions]
     own = not functions
+    task = find_task(config.task, settings if own else None)  # a verifier that judges nothing needs no sandbox
     functions = functions or [task.reward]
     for function in functions:
         if not callable(function):

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from . import checkpoint
 from .config import Config
 from .files import read_json, read_jsonl, write_json, write_jsonl
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
+PLOT = "training.png"  # drawn last: with it a run is complete
+OF_THE_END = (PLOT, "evaluation-after.json", "completions-after.jsonl")
 MAY_CHANGE = {
     "max_steps",
     "save_steps",
@@ -54,13 +57,21 @@ def check(config: Config, resuming: bool) -> Path:
     return folder
 
 
-def claim(folder: Path, config: Config, resuming: bool) -> None:
-    """Make the checked folder ours, once nothing else can be refused: what it held is deleted if it is overwritten."""
+def claim(folder: Path, config: Config, resuming: bool, resume: Path | None) -> None:
+    """Make the checked folder ours, once nothing else can be refused: what it held is deleted if it is overwritten.
+
+    resume: the checkpoint to go on from. Where steps are still to be done, or others were done after it, the run is
+    complete no longer: what was made at its end goes, the plot first.
+    """
     if not resuming and (folder / RUN).is_file():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    abandoned = checkpoint.set_aside_later(folder, resume)
+    if abandoned or resume is None or checkpoint.step_of(resume) < config.training.max_steps:
+        for name in OF_THE_END:
+            (folder / name).unlink(missing_ok=True)
     write_json(folder / RUN, config.as_dict())
 
 
@@ -93,5 +104,8 @@ class MetricsFile:
         self.handle.flush()
         os.fsync(self.handle.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.handle.close()

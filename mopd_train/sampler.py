@@ -5,6 +5,7 @@ Legend: P prompts, G completions a prompt, R live rows, T tokens of a completion
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,24 +40,26 @@ def sample(
     sampling: Sampling,
     stop_ids: list[int],
     pad_id: int,
-    seed: int,
+    seed: int | list[int],  # one a prompt, or that of the first
 ) -> list[list[list[int]]]:
     """Token ids of G completions a prompt, each with its stop token if it came to one.
 
-    Prompt i draws from a generator of its own, seeded `seed + i`: its completions depend on neither the other prompts
-    nor the batch, so they may be cut over processes. `batch_size` bounds the live rows, rounded to whole groups of G.
+    Prompt i draws from a generator of its own, seeded `seed + i` or `seed[i]`: its completions depend on neither the
+    other prompts nor the batch, so they may be cut over processes. `batch_size` bounds the live rows, rounded to whole
+    groups of G.
     """
     per_batch = max(1, sampling.batch_size // sampling.num_generations)
+    seeds = seed if isinstance(seed, list) else range(seed, seed + len(prompts))
     completions = []
     for first in range(0, len(prompts), per_batch):
         batch = prompts[first : first + per_batch]
-        draws = _draws(sampling, range(seed + first, seed + first + len(batch))).to(model.device)
+        draws = _draws(sampling, seeds[first : first + per_batch]).to(model.device)
         rows = _sample_batch(model, batch, sampling, torch.tensor(stop_ids, device=model.device), pad_id, draws)
         completions += [rows[i : i + sampling.num_generations] for i in range(0, len(rows), sampling.num_generations)]
     return completions
 
 
-def _draws(sampling: Sampling, seeds: range) -> Tensor:  # (P * G, T)
+def _draws(sampling: Sampling, seeds: Sequence[int]) -> Tensor:  # (P * G, T)
     """Uniform numbers for every token that may be drawn, in float64: float32 cannot reach tails of a large vocabulary.
     Made on the CPU, so that all devices draw alike."""
     shape = (sampling.num_generations, sampling.max_completion_length)

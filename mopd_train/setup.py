@@ -21,7 +21,7 @@ from .config import Config, validate
 from .data import build_prompts, split_rows
 from .distributed import Ranks
 from .engine import Engine, enable_checkpointing
-from .models import check_vocabulary, empty_model, load_model, load_tokenizer
+from .models import check_vocabulary, empty_model, load_model, load_tokenizer, warn_of_length
 from .objectives import settle
 from .rewards import task_of
 from .rollout import Prompt
@@ -74,6 +74,9 @@ def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -
     resume = ranks.on_main(lambda: checkpoint.find_resume(settings.resume_from_checkpoint, folder))
     student = build_student(config, ranks, resume)
     check_vocabulary(tokenizer, student, config.model.model_name_or_path)
+    longest = max(len(prompt.token_ids) for prompt in train_prompts + eval_prompts)
+    remedy = "lower rollout.max_completion_length or data.max_prompt_length"
+    warn_of_length(student, longest + config.rollout.max_completion_length, remedy)
     moved = str(resume / checkpoint.TEACHER) if resume is not None and moves(config) else None
     teacher = build_teacher(
         config, student, tokenizer, lambda name, dtype, device: load(moved or name, config, ranks, dtype, device)
@@ -96,7 +99,7 @@ def set_up(config: Config, reward_fns: Sequence[RewardFunction] | None = None) -
     if resume is not None:
         first_step = checkpoint.step_of(resume)
         checkpoint.load_optimizer(resume, student, optimizer, scheduler)
-    ranks.on_main(lambda: claim(folder, config, resuming))
+    ranks.on_main(lambda: claim(folder, config, resuming, resume))
     run_id = ranks.on_main(lambda: trackers.identity(folder))
     accelerator.log_with = trackers.build(config, first_step, run_id)
     accelerator.init_trackers(trackers.PROJECT)

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .distributed import Ranks
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """A signal came, which the message names."""
 
 
 class Stop:
@@ -22,10 +28,17 @@ class Stop:
         self.signal = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
 
+    def check(self, ranks: Ranks) -> None:
+        """Stopped, on every process, if a signal came to any. Between two checks lies a phase that cannot be cut short
+        without loss: an evaluation, the rollouts of a step, its judging, its learning."""
+        heard = [name for name in ranks.everywhere(self.signal) if name is not None]
+        if heard:
+            raise Stopped(heard[0])
+
 
 @contextmanager
 def listening() -> Iterator[Stop]:
-    """Within, the first signal is only noted; the loop ends after the step that it came in."""
+    """Within, the first signal is only noted; the loop ends at its next check."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may listen
         yield stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,19 +17,21 @@ from .rollout import Group
 OPENING = "<summary>"
 SUMMARY = re.compile(r"<summary>(.*?)</summary>", re.DOTALL)
 
-# Completions of prompts of token ids, at most so many tokens each.
-Sampler = Callable[[list[list[int]], int], list[list[int]]]
+# Completions of prompts of token ids, at most so many tokens each, one seed each.
+Sampler = Callable[[list[list[int]], int, list[int]], list[list[int]]]
 
 
 @dataclass
 class PeerSummaries:
-    """Summaries of a step's rollouts; each is made once, however many teachers read it."""
+    """Summaries of a step's rollouts; each is made once, however many teachers read it. What is drawn for one depends
+    on the seed of its group and its place there alone: not on the processes, nor on what else is asked."""
 
     groups: list[Group]
     tokenizer: PreTrainedTokenizerBase
     config: ContextConfig
     chat_template_kwargs: dict[str, Any]
     sampler: Sampler
+    seed: int  # of the first group; the next one has the next
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("tag", "asked", "excerpt"), 0))
 
     def __call__(self, places: list[tuple[int, int]]) -> dict[tuple[int, int], str]:
@@ -40,7 +43,8 @@ class PeerSummaries:
         asked = [place for place in places if place not in made]
         if asked:
             prompts = [self._request(self.groups[i], texts[i, j]) for i, j in asked]
-            for place, ids in zip(asked, self.sampler(prompts, self.config.summary_max_tokens), strict=True):
+            seeds = [summary_seed(self.seed + i, j) for i, j in asked]
+            for place, ids in zip(asked, self.sampler(prompts, self.config.summary_max_tokens, seeds), strict=True):
                 reply = _tagged(OPENING + str(self.tokenizer.decode(ids, skip_special_tokens=True)))
                 self.counts["asked" if reply else "excerpt"] += 1
                 made[place] = reply or excerpt(texts[place], self.tokenizer, self.config.summary_max_tokens)
@@ -54,6 +58,11 @@ class PeerSummaries:
             return encode_prompt(opened, self.tokenizer, self.chat_template_kwargs)
 
         return fitted(encode, [text], self.tokenizer, self.config.max_reprompt_len)
+
+
+def summary_seed(group_seed: int, place: int) -> int:
+    """Apart from the seeds of rollouts, whose very draws a plain sum would repeat."""
+    return random.Random(f"summary/{group_seed}/{place}").getrandbits(63)
 
 
 def shares(counts: Mapping[str, float]) -> dict[str, float]:

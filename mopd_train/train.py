@@ -29,18 +29,16 @@ from .metrics import Clock, context_metrics, group_metrics
 from .models import fingerprint, stop_token_ids
 from .objectives import method_of
 from .rollout import Group
-from .rundir import METRICS, MetricsFile
+from .rundir import METRICS, PLOT, MetricsFile
 from .sampler import Sampling, sample
 from .setup import Run, set_up
-from .stopping import Stop, listening
+from .stopping import Stop, Stopped, listening
 from .summaries import PeerSummaries, shares
 from .tasks import RewardFunction
 from .teacher import moves
 from .verify import judge
 
 console = Console()
-
-PLOT = "training.png"  # drawn last: with it a run is complete
 
 
 def train(
@@ -67,47 +65,55 @@ def _train(run: Run, hooks: Hooks, stop: Stop) -> Path:
         say(run, f"{run.folder} is already at step {run.first_step} of {settings.max_steps}: nothing to do")
         run.accelerator.end_training()
         return run.folder
-    step = run.first_step
-    hooks("on_train_begin", step)
-    before = held_out_scores(run, "before", hooks, 0) if run.first_step == 0 else None
-    metrics_file = MetricsFile(run.folder, run.first_step) if ranks.is_main else None
-    with progress_bar(ranks.is_main) as progress:
-        bar = progress.add_task("training", total=settings.max_steps, completed=run.first_step)
-        for step in range(run.first_step + 1, settings.max_steps + 1):
-            hooks("on_step_begin", step)
-            metrics = {"step": step, **train_step(run, step, hooks)}
-            hooks("on_step_end", step, metrics=metrics)
-            if metrics_file is not None:
-                metrics_file.write(metrics)
-                run.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
-                progress.console.print(report.step_line(metrics, settings.max_steps), highlight=False, soft_wrap=True)
-            progress.advance(bar)
-            signals, asked = zip(*ranks.everywhere((stop.signal, hooks.stopped)), strict=True)
-            signal = next(filter(None, signals), None)
-            last = step == settings.max_steps or any(asked)
-            if signal or last or step % settings.save_steps == 0:
-                hooks("on_save", step, checkpoint=save(run, step))
-            if signal and not last:
-                say(run, f"stopped by {signal} after step {step}: training.resume_from_checkpoint=latest goes on")
-                run.accelerator.end_training()
-                return run.folder
-            if last:
-                break
-    if metrics_file is not None:
-        metrics_file.close()
-    finish(run, before, hooks, step)
-    hooks("on_train_end", step)
+    done = saved = run.first_step
+    hooks("on_train_begin", done)
+    try:
+        stop.check(ranks)
+        before = held_out_scores(run, "before", hooks, 0) if done == 0 else None
+        metrics_file = MetricsFile(run.folder, done) if ranks.is_main else None
+        with progress_bar(ranks.is_main) as progress, metrics_file or nullcontext():
+            bar = progress.add_task("training", total=settings.max_steps, completed=done)
+            for step in range(done + 1, settings.max_steps + 1):
+                stop.check(ranks)
+                hooks("on_step_begin", step)
+                metrics = {"step": step, **train_step(run, step, hooks, stop)}
+                done = step
+                hooks("on_step_end", step, metrics=metrics)
+                if metrics_file is not None:
+                    metrics_file.write(metrics)
+                    run.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
+                    line = report.step_line(metrics, settings.max_steps)
+                    progress.console.print(line, highlight=False, soft_wrap=True)
+                progress.advance(bar)
+                last = step == settings.max_steps or any(ranks.everywhere(hooks.stopped))
+                if last or step % settings.save_steps == 0:
+                    hooks("on_save", step, checkpoint=save(run, step))
+                    saved = step
+                if last:
+                    break
+        stop.check(ranks)
+    except Stopped as stopped:
+        if done > saved:
+            hooks("on_save", done, checkpoint=save(run, done))
+        say(run, f"stopped by {stopped} after step {done}: training.resume_from_checkpoint=latest goes on")
+        run.accelerator.end_training()
+        return run.folder
+    finish(run, before, hooks, done)
+    hooks("on_train_end", done)
     return run.folder
 
 
-def train_step(run: Run, step: int, hooks: Hooks | None = None) -> dict[str, float]:
-    """One batch of rollouts, one optimizer step; its metrics are those of all processes, on the main one."""
-    config, clock, ranks = run.config, Clock(), run.ranks
+def train_step(run: Run, step: int, hooks: Hooks | None = None, stop: Stop | None = None) -> dict[str, float]:
+    """One batch of rollouts, one optimizer step; its metrics are those of all processes, on the main one.
+
+    Stopped where a signal came before anything was learnt: the step, begun again, draws and learns the same.
+    """
+    config, clock, ranks, stop = run.config, Clock(), run.ranks, stop or Stop()
     with clock("weights"):
         run.rollouts.update_weights(run.student)
     with clock("rollout"):
         prompts = step_prompts(run.train_prompts, step - 1, config.rollout.num_prompts, config.training.seed)
-        first, stop = ranks.slice(len(prompts))
+        first, end = ranks.slice(len(prompts))
         sampling = Sampling(
             config.rollout.num_generations,
             config.rollout.max_completion_length,
@@ -117,11 +123,13 @@ def train_step(run: Run, step: int, hooks: Hooks | None = None) -> dict[str, flo
         )
         stops = stop_token_ids(run.student, run.tokenizer)
         seed = seed_of(run, step)
-        groups = run.rollouts.generate(prompts[first:stop], sampling, stops, seed + first)
+        groups = run.rollouts.generate(prompts[first:end], sampling, stops, seed + first)
+    stop.check(ranks)
     with clock("verify"):
         judge(groups, run.task.reward, config.data.task)
     if hooks is not None:
         hooks("on_rollouts", step, groups=groups)
+    stop.check(ranks)
     contexts, about = read_contexts(run, groups, seed + first, clock)
     metrics = step_metrics(run, step, ranks.gathered(list(zip(groups, contexts, strict=True))))
     return metrics | about | learn(run, step, groups, contexts, clock) | clock.metrics()
@@ -135,17 +143,17 @@ def read_contexts(
     if method_of(config).teacher != "context":
         return [[None] * len(group.rollouts) for group in groups], {}
 
-    def sampled(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    def sampled(prompts: list[list[int]], tokens: int, seeds: list[int]) -> list[list[int]]:
         rollout, stops = config.rollout, stop_token_ids(run.student, run.tokenizer)
         sampling = Sampling(1, tokens, rollout.temperature, rollout.top_p, rollout.generation_batch_size)
-        replies = sample(run.student, prompts, sampling, stops, int(run.tokenizer.pad_token_id), seed)
+        replies = sample(run.student, prompts, sampling, stops, int(run.tokenizer.pad_token_id), seeds)
         return [reply for (reply,) in replies]
 
     batch = groups
     if settings.peer_control_mode != "none":
         batch = [group for part in run.ranks.everywhere(groups) for group in part]
     template = config.data.chat_template_kwargs
-    summaries = PeerSummaries(groups, run.tokenizer, settings, template, sampled)
+    summaries = PeerSummaries(groups, run.tokenizer, settings, template, sampled, seed)
     with clock("contexts"), run.engine.sampling() if settings.summary_k else nullcontext():
         contexts = step_contexts(groups, run.tokenizer, settings, template, seed, summaries, batch)
     return contexts, shares(run.ranks.totals(summaries.counts)) if settings.summary_k else {}

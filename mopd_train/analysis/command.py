@@ -29,9 +29,9 @@ from ..data import build_prompts, split_rows, step_prompts, step_seed
 from ..evaluate import completion_records
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..models import fingerprint, load_model, resolve, stop_token_ids
+from ..rewards import task_of
 from ..rollout import generate
 from ..sampler import Sampling
-from ..tasks import find_task
 from ..verify import judge
 from .alignment import statistics
 from .groups import RolloutFiles, rollout_paths
@@ -132,7 +132,7 @@ def sampled_rollouts(config: Config, tokenizer: PreTrainedTokenizerBase, output:
     path = output / "rollouts.jsonl"
     if path.is_file():
         return path
-    task = find_task(config.data.task)
+    task = task_of(config)
     rows, _ = split_rows(config.data, task)
     source = config.data.train_dataset or f"task {config.data.task!r}"
     prompts = build_prompts(rows, task, config.data, tokenizer, source)

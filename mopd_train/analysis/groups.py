@@ -16,8 +16,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..contexts import encode_prompt
+from ..data import messages_of
 from ..rollout import Group, Prompt, Rollout
-from ..tasks import as_messages
 
 REMEDY = "; --skip-bad-lines drops such lines and keeps the rest"
 OURS = ("group", "completion", "completion_ids", "finished", "reward", "feedback", "step", "model", "tokenizer")
@@ -113,7 +113,7 @@ class RolloutFiles:
             raise ValueError(f"{where} was sampled with {key} {theirs!r}, the scoring model has {ours!r}: {remedy}")
 
     def _prompt(self, record: dict[str, Any], path: Path, line: int) -> Prompt:
-        messages = as_messages(record["prompt"])
+        messages = messages_of(record["prompt"])
         row = {key: value for key, value in record.items() if key not in OURS}
         if self.tokenizer is None:
             return Prompt(messages, [], row)
@@ -136,6 +136,7 @@ def check_record(record: Any, tokenizer: PreTrainedTokenizerBase | None) -> None
         turns = prompt if isinstance(prompt, list) else []
         if not any(isinstance(turn, dict) and turn.get("role") == "user" for turn in turns):
             raise ValueError(f"expected a string or messages with a user turn as prompt, got {prompt!r:.100}")
+        messages_of(prompt)
     if not isinstance(text, str):
         raise ValueError(f"expected a string as completion, got {type(text).__name__}")
     if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import checkpoint
 from ..config import Config, validate
 from ..contexts import CONTEXTS
 from ..data import step_seed
@@ -103,16 +102,9 @@ def check_options(options: InspectOptions) -> None:
 def load_sides(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, PreTrainedModel, str]:
     """Student, teacher and the teacher's name. A teacher that is the student itself is loaded once."""
     model, name = config.model, teacher_name(config)
-    unnamed = config.distillation.teacher_model_name_or_path is None
-    frozen = config.distillation.teacher_regularization == "frozen"
-    if unnamed and frozen and (Path(resolve(model.model_name_or_path)) / checkpoint.STATE).is_file():
-        raise ValueError(
-            f"{model.model_name_or_path} was trained by a frozen teacher, which its checkpoints do not hold: name it "
-            "with --distillation.teacher_model_name_or_path (the run's first model, if the run named none)"
-        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_model(model.model_name_or_path, model.dtype, model.attn_implementation, device)
-    if unnamed and name == model.model_name_or_path:
+    if name == model.model_name_or_path:
         return student, student, "the student itself"
     return student, load_teacher(config, tokenizer), name
 

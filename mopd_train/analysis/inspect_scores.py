@@ -59,8 +59,8 @@ def score_group(
     top: int = 5,
 ) -> list[RolloutScores]:  # (G,)
     """Score every rollout without peers (student) and under each context (teacher), as the loss does: template,
-    leave-one-out peers drawn from `seed`, token ids as sampled, `rollout.temperature` on both sides,
-    `distillation.alpha`.
+    leave-one-out peers drawn from `seed`, token ids as sampled, the temperature of each side, `distillation.alpha` and
+    top-k. Log-probs and entropies are over the whole vocabulary.
 
     Contexts whose prompts coincide are scored once. Logits exist for LOGIT_ROWS rows at a time only.
     """
@@ -68,7 +68,9 @@ def score_group(
     completions = [rollout.token_ids for rollout in group.rollouts]
     owners = [i for i, prompts in enumerate(distinct) for _ in prompts]
     repeated = [completions[i] for i in owners]
-    s_head, t_head, temperature = LMHead.from_model(student), LMHead.from_model(teacher), config.rollout.temperature
+    s_head, t_head, settings = LMHead.from_model(student), LMHead.from_model(teacher), config.distillation
+    temperature = config.rollout.temperature
+    t_temperature = settings.teacher_temperature or temperature
 
     s_hidden = _states(student, [group.prompt.token_ids] * len(completions), completions, config)
     labels = torch.tensor([t for ids in completions for t in ids], device=student.device)
@@ -83,8 +85,11 @@ def score_group(
             s_head,
             torch.cat(t_hidden),
             t_head,
-            alpha=config.distillation.alpha,
+            alpha=settings.alpha,
             temperature=temperature,
+            teacher_temperature=t_temperature,
+            top_k=settings.distillation_topk,
+            add_tail=settings.distillation_add_tail,
             labels=torch.tensor([t for ids in repeated for t in ids], device=student.device),
             reduction="none",
         )
@@ -94,8 +99,8 @@ def score_group(
     scored = []
     for i, (logprobs, entropy) in enumerate(s_rows):
         mine = [j for j, owner in enumerate(owners) if owner == i]
-        sides = [(s_hidden[i], s_head), *((t_hidden[j], t_head) for j in mine)]
-        ids, likely = _alternatives(sides, temperature, top)
+        sides = [(s_hidden[i], s_head, temperature), *((t_hidden[j], t_head, t_temperature) for j in mine)]
+        ids, likely = _alternatives(sides, top)
         teachers = [
             TeacherScores(t_rows[j][0], t_rows[j][1], likely[1 + d], distinct[i][d], t_rows[j][2])
             for d, j in enumerate(mine)
@@ -140,12 +145,11 @@ def _split(rows: Tensor | None, completions: list[list[int]]) -> list[list[float
 
 
 def _alternatives(
-    sides: list[tuple[Tensor, LMHead]],  # S of (T, H) and its head
-    temperature: float,
+    sides: list[tuple[Tensor, LMHead, float]],  # S of (T, H), its head and temperature
     top: int,
 ) -> tuple[list[list[int]], list[list[list[float]]]]:  # (T, A) ids; (S, T, A) log-probs
     """At each token the `top` likeliest entries of every side, and what all sides give to them."""
-    size = min(head.vocab_size or head.weight.size(0) for _, head in sides)
+    size = min(head.vocab_size or head.weight.size(0) for _, head, _ in sides)
     tokens, step = sides[0][0].size(0), max(1, LOGIT_ROWS // len(sides))
     ids: list[list[int]] = []
     likely: list[list[list[float]]] = [[] for _ in sides]
@@ -153,7 +157,7 @@ def _alternatives(
         logprobs = torch.stack(
             [
                 _logits(hidden[first : first + step], head, size).div(temperature).log_softmax(-1)
-                for hidden, head in sides
+                for hidden, head, temperature in sides
             ]
         )  # (S, C, V)
         best = logprobs.topk(min(top, size), dim=-1).indices  # (S, C, top)

@@ -51,7 +51,7 @@ def context_logprobs(
     seed: int,
 ) -> dict[str, list[Tensor | None]]:  # context -> G of (T,)
     """Teacher log-prob of each token of each rollout under each context, as in training: template, leave-one-out
-    peers drawn from `seed`, token ids as sampled, `rollout.temperature`, `training.tree`. None where a context has
+    peers drawn from `seed`, token ids as sampled, the teacher's temperature, `training.tree`. None where a context has
     nothing to show for a rollout."""
     prompts = {name: condition_prompts(group, tokenizer, name, config, seed) for name in contexts}
     return score_prompts(model, tokenizer, group, prompts, config).logprobs
@@ -90,7 +90,8 @@ def score_prompts(
             settings.max_pack_tokens,
         )
         labels = torch.tensor([token for _, rollout in batch for token in rollout], device=model.device)  # (N,)
-        scored = linear_logprobs(hidden, LMHead.from_model(model), labels, temperature=config.rollout.temperature)
+        temperature = config.distillation.teacher_temperature or config.rollout.temperature
+        scored = linear_logprobs(hidden, LMHead.from_model(model), labels, temperature=temperature)
         logprobs |= zip(batch, scored.logprobs.split([len(rollout) for _, rollout in batch]), strict=True)
         computed += tokens
     return Scored(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import checkpoint
 from ..config import Config
 from ..files import read_json
 from ..models import check_same_tokenizer, load_model, load_tokenizer, resolve
@@ -25,12 +26,32 @@ def tokenizer_of(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def teacher_name(config: Config) -> str:
-    """The teacher that training uses or used: the frozen one named, else the one the checkpoint holds, else the
-    model itself with the peers in its prompt."""
-    if config.distillation.teacher_model_name_or_path is not None:
-        return config.distillation.teacher_model_name_or_path
-    kept = Path(resolve(config.model.model_name_or_path)) / "teacher"
-    return str(kept) if kept.is_dir() else config.model.model_name_or_path
+    """The teacher that training uses or used, by distillation.teacher_regularization: the one named; of a run's
+    checkpoint the moving average in it (ema), itself (self) or the run's first model (frozen); of another model itself,
+    with the peers in its prompt, which is what all of them begin as.
+
+    ValueError where a checkpoint's teacher is no single model (trust-region) or cannot be found (frozen).
+    """
+    settings, name = config.distillation, config.model.model_name_or_path
+    if settings.teacher_model_name_or_path is not None:
+        return settings.teacher_model_name_or_path
+    folder = Path(resolve(name))
+    if settings.teacher_regularization == "ema" and (folder / checkpoint.TEACHER).is_dir():
+        return str(folder / checkpoint.TEACHER)
+    if settings.teacher_regularization in ("ema", "self") or not (folder / checkpoint.STATE).is_file():
+        return name
+    if settings.teacher_regularization == "trust-region":
+        raise ValueError(
+            f"the trust-region teacher of {name} mixes the logits of two models, and one is scored here: "
+            "--distillation.teacher_regularization frozen takes the run's first model, self the checkpoint"
+        )
+    run = folder.parent / RUN
+    if not run.is_file():
+        raise ValueError(
+            f"{name} was trained by a frozen teacher, which checkpoints do not hold, and there is no {run} to name the "
+            "first model: name it with --distillation.teacher_model_name_or_path"
+        )
+    return str(read_json(run)["model"]["model_name_or_path"])
 
 
 def load_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -56,6 +77,9 @@ def warn_of_other_settings(config: Config, paths: list[Path]) -> None:
 
 
 def _decisive(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every setting of the context; and the scale of the scores, the chat template, the seed of the peers."""
+    """Every setting of the context; and the scale of the scores, the teacher, the chat template, the seed of the
+    peers."""
     others = [("rollout", "temperature"), ("data", "chat_template_kwargs"), ("training", "seed")]
+    names = ("teacher_temperature", "teacher_regularization", "teacher_model_name_or_path")
+    others += [("distillation", name) for name in names]
     return [("context", key) for key in settings["context"]] + others

@@ -2,6 +2,6 @@
 
 from .jail import SandboxUnavailable
 from .sandbox import Sandbox
-from .session import Result, Session, SessionEnded
+from .session import START_SECONDS, Result, Session, SessionEnded
 
-__all__ = ["Result", "Sandbox", "SandboxUnavailable", "Session", "SessionEnded"]
+__all__ = ["START_SECONDS", "Result", "Sandbox", "SandboxUnavailable", "Session", "SessionEnded"]

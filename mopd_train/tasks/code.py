@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from ..sandbox import Result, Sandbox, SessionEnded
+from ..sandbox import START_SECONDS, Result, Sandbox, SessionEnded
 from .answers import without_thinking
 from .code_compare import same_output, same_value
 from .code_layouts import adapt as adapt
@@ -49,8 +49,23 @@ def default_sandbox() -> Sandbox:
 
 
 def bind(config: Config) -> Callable[..., list[Verdict | None]]:
-    """The reward function under a run's limits. SandboxUnavailable if code cannot be run safely here."""
-    return partial(reward, sandbox=Sandbox(config.sandbox))
+    """The reward function under a run's limits. SandboxUnavailable if code cannot be run safely here; ValueError if a
+    run could end by data.reward_timeout while its slowest completions are still within limits."""
+    limits, timeout = config.sandbox, config.data.reward_timeout
+    starting = 2 * START_SECONDS  # of an assert program's sandbox and the candidate's
+    longest = limits.batch_seconds + limits.completion_seconds + starting
+    if timeout <= longest:
+        raise ValueError(
+            f"judging a batch may take {longest:g} s (sandbox.batch_seconds={limits.batch_seconds:g}, then "
+            f"completion_seconds={limits.completion_seconds:g} and {starting:g} to start sandboxes), got "
+            f"data.reward_timeout={timeout:g}, which would end the run: raise it, or lower sandbox.batch_seconds"
+        )
+    return partial(reward_in, Sandbox(limits))
+
+
+def reward_in(sandbox: Sandbox, /, **arguments: Any) -> list[Verdict | None]:
+    """`reward` in this sandbox, also where a column of the dataset has that name."""
+    return reward(**arguments | {"sandbox": sandbox})
 
 
 def reward(

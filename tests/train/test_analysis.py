@@ -10,7 +10,7 @@ import pytest
 
 from mopd_train.analysis import analyze
 from mopd_train.analysis import scored as scored_module
-from mopd_train.analysis.command import AnalyzeOptions, analyze_command
+from mopd_train.analysis.command import AnalyzeOptions, analyze_command, sampled_rollouts
 from mopd_train.analysis.controls import MATCHED
 from mopd_train.analysis.scored import ScoredGroup
 from mopd_train.analysis.sides import load_teacher, teacher_name, tokenizer_of, warn_of_other_settings
@@ -226,6 +226,15 @@ def test_the_command_samples_judges_and_scores(config, tmp_path):
     assert "counting" in done.stdout
 
 
+def test_sampled_rollouts_are_judged_by_the_reward_functions_of_the_run(config, tokenizer, tmp_path):
+    config.data.train_dataset = str(write_rows(tmp_path))
+    config.data.reward_functions = ["tests.train.rewards.right", "tests.train.rewards.parity"]
+    config.data.reward_weights = [2.0, 0.5]
+    path = sampled_rollouts(config, tokenizer, tmp_path, 2)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["reward"] for row in rows] == [2.0 + 0.5 * (row["completion_ids"][0] % 2 == 0) for row in rows]
+
+
 def test_the_teacher_is_the_one_that_was_trained_with(tiny_model, tokenizer, tmp_path, caplog):
     checkpoint = tmp_path / "run" / "checkpoint-3"
     model = load_model(str(tiny_model))
@@ -252,5 +261,7 @@ def test_the_teacher_is_the_one_that_was_trained_with(tiny_model, tokenizer, tmp
     assert [record.args[:2] for record in caplog.records] == [
         ("context", "instruction_template"),
         ("rollout", "temperature"),
+        ("distillation", "teacher_regularization"),
+        ("distillation", "teacher_model_name_or_path"),
     ]
     assert "run.json takes its settings" in caplog.text

@@ -39,7 +39,8 @@ def plainly(model, tokenizer, some_group, context, config, seed):
             expected.append(None)
             continue
         ids = torch.tensor(prompt.token_ids + rollout.token_ids)
-        logits = model(ids[None]).logits[0, len(prompt.token_ids) - 1 : -1] / config.rollout.temperature
+        temperature = config.distillation.teacher_temperature or config.rollout.temperature
+        logits = model(ids[None]).logits[0, len(prompt.token_ids) - 1 : -1] / temperature
         expected.append(logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0])
     return expected
 
@@ -60,6 +61,14 @@ def test_nine_contexts_equal_plain_forwards(model, tokenizer, config, rewards, m
             if expected is not None:
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert undefined == {5: 0, 3: 6, 1: 8}[len(rewards)]
+
+
+def test_the_teachers_own_temperature_is_that_of_its_scores(model, tokenizer, config):
+    config.distillation.teacher_temperature = 0.25
+    some_group = group(tokenizer, [1, 0, 1])
+    scored = context_logprobs(model, tokenizer, some_group, ["2s1f"], config, 3)["2s1f"]
+    for actual, expected in zip(scored, plainly(model, tokenizer, some_group, "2s1f", config, seed=3), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_everything_is_one_pack(model, tokenizer, config, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 from mopd_train.config import Config, DataConfig, SandboxConfig
 from mopd_train.data import build_prompts, split_rows
 from mopd_train.files import write_jsonl
+from mopd_train.rewards import task_of
 from mopd_train.sandbox import Sandbox, SandboxUnavailable
 from mopd_train.tasks import TASKS, code, find_task, functions
 from mopd_train.tasks.code import extract_code
@@ -310,4 +311,23 @@ def test_human_eval_is_a_named_set(benchmark, tokenizer):
 
 def test_a_run_binds_its_limits(box):
     config = Config(sandbox=SandboxConfig(seconds=3.5, workers=1))
-    assert find_task("code", config).reward.keywords["sandbox"].config.seconds == 3.5
+    assert find_task("code", config).reward.args[0].config.seconds == 3.5
+
+
+def test_a_run_judges_in_its_own_sandbox_whatever_the_columns(box):
+    config = Config(data=DataConfig(task="code"), sandbox=SandboxConfig(workers=1))
+    columns = {key: [value] for key, value in SUM.items()} | {"sandbox": ["a column of the dataset"]}
+    reply = "```python\ndef f(a, b): return a + b\n```"
+    given = task_of(config).reward(prompts=["q"], completions=[reply], completion_ids=[[]], **columns)
+    assert [verdict["score"] for verdict in given] == [1.0]
+
+
+def test_a_batch_must_end_before_the_time_limit_that_ends_the_run(monkeypatch):
+    """Of the verifier's own: with reward functions in its place nothing is run, and no sandbox is made."""
+    monkeypatch.setattr(code, "Sandbox", lambda config: pytest.fail("a sandbox was made"))
+    config = Config(data=DataConfig(task="code", reward_timeout=600.0), sandbox=SandboxConfig(batch_seconds=500.0))
+    with pytest.raises(ValueError, match=r"may take 600 s .*batch_seconds=500.*got data.reward_timeout=600.*lower"):
+        task_of(config)
+    assert task_of(config, [lambda completions: [1.0]]).reward(prompts=["q"], completions=["c"], completion_ids=[[]])
+    limits = Config()
+    assert limits.data.reward_timeout > limits.sandbox.batch_seconds + limits.sandbox.completion_seconds + 40

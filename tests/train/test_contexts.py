@@ -9,6 +9,7 @@ import pytest
 
 from mopd_train.config import ContextConfig, ContextName
 from mopd_train.contexts import CONTEXTS, Peers, choose_peers, encode_prompt, teacher_prompts
+from mopd_train.peers import strangers_of
 from mopd_train.rollout import Group, Prompt, Rollout
 
 
@@ -160,6 +161,56 @@ def test_thinking_is_removed_from_both_kinds_of_peer(tokenizer):
     assert "secret" in decoded(
         tokenizer, teacher_prompts(group(tokenizer, [1, 0, 0], texts), tokenizer, kept, {}, 0), 2
     )
+
+
+def test_thinking_that_the_template_opened_is_removed_too(tokenizer):
+    texts = ["long reasoning here\n</think>\n\nThe answer is 42", "so and so</think>forty", "x"]
+    text = decoded(tokenizer, teacher_prompts(group(tokenizer, [1, 0, 0], texts), tokenizer, ContextConfig(), {}, 0), 2)
+    assert "The answer is 42" in text
+    assert "forty" in text
+    assert "reasoning" not in text
+    assert "so and so" not in text
+    assert "</think>" not in text
+
+
+@pytest.mark.parametrize("context", ["2s1f", "all", "score_ordered"])
+def test_peers_without_a_text_are_nobodys_peers(tokenizer, context):
+    """One that ended at once and one cut off within its thinking; the others take their places."""
+    texts = ["", "right", "<think>cut", " \n", "wrong", "also right"]
+    some_group = group(tokenizer, [1, 1, 1, 0, 0, 1], texts)
+    for seed in range(5):
+        for own, peers in enumerate(choose_peers(some_group, ContextConfig(context=context), seed)):
+            shown = {*peers.successes, *peers.failures, *peers.attempts}
+            assert shown == {1, 4, 5} - {own}
+    empty = group(tokenizer, [0, 0], ["", ""])
+    assert teacher_prompts(empty, tokenizer, ContextConfig(), {}, 0) == [None, None]
+    other = group(tokenizer, [1, 1], ["", "kept"])
+    other.prompt.token_ids = [1, 2, 3]
+    assert strangers_of(empty, [empty, other], ContextConfig()) == other.rollouts[1:]
+
+
+@pytest.mark.parametrize("context", ["1s", "2s"])
+@pytest.mark.parametrize("condition", ["always", "when_no_solution"])
+def test_where_all_failed_and_no_peer_is_shown_feedback_on_the_attempt_stands_alone(tokenizer, context, condition):
+    config = ContextConfig(context=context, feedback_condition=condition)
+    failing = group(tokenizer, [0, 0, 0, None])
+    for i, rollout in enumerate(failing.rollouts[:2]):
+        rollout.feedback = f"test {i} overflows"
+    built = teacher_prompts(failing, tokenizer, config, {}, 0)
+    assert [prompt is None for prompt in built] == [False, False, True, True]  # no feedback; no verdict
+    for own in range(2):
+        text = decoded(tokenizer, built, own)
+        assert f"What the checker says of the wrong answer:\ntest {own} overflows\n\nNow answer" in text
+        assert f"test {1 - own}" not in text
+        assert "peer number" not in text
+        assert built[own].shows_feedback
+    lonely = group(tokenizer, [1, 0], feedback="overflows")  # elsewhere it would tell a failure from a success
+    assert [p is None for p in teacher_prompts(lonely, tokenizer, config, {}, 0)] == [True, False]
+    assert "overflows" not in decoded(tokenizer, teacher_prompts(lonely, tokenizer, config, {}, 0), 1)
+    one_failed = dataclasses.replace(config, context="1f")
+    assert teacher_prompts(lonely, tokenizer, one_failed, {}, 0)[1] is None
+    never = dataclasses.replace(config, feedback_condition="never")
+    assert teacher_prompts(failing, tokenizer, never, {}, 0) == [None] * 4
 
 
 def test_long_peers_are_shortened_and_the_question_never_is(tokenizer):

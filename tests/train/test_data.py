@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 
 import pytest
 
 from mopd_train.config import DataConfig
-from mopd_train.data import build_prompts, load_rows, split_rows, step_prompts
+from mopd_train.data import build_prompts, load_rows, messages_of, split_rows, step_prompts
 from mopd_train.rollout import Group, Rollout
 from mopd_train.tasks import TASKS, find_task
 from mopd_train.verify import judge
@@ -156,12 +157,36 @@ def test_a_users_dataset_is_not_evaluated_on_the_tasks_prompts(tmp_path):
             r"row 0: its prompt is \d+ tokens, over data.max_prompt_length=64",
         ),
         ([{"prompt": [{"role": "system", "content": "x"}], "answer": "1"}], "row 0 has no user message"),
+        ([{"prompt": 5, "answer": "1"}], "row 0: expected a string or a list of messages as prompt, got 5"),
+        ([{"prompt": ["hi"], "answer": "1"}], r"row 0: expected messages of the form \{role, content\}.*got 'hi'"),
+        ([{"prompt": [{"role": "user"}], "answer": "1"}], "row 0: expected text, or parts of text, .* got None"),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}], "answer": "1"}],
+            r"row 0: expected text, or parts of text, as content of a message, got \[\{'type': 'image'",
+        ),
     ],
 )
 def test_bad_rows(tokenizer, rows, message):
     config = DataConfig(task="math", max_prompt_length=64)
     with pytest.raises(ValueError, match=message):
         build_prompts(rows, TASKS["math"], config, tokenizer, "mine.jsonl")
+
+
+def test_content_in_parts_of_text_is_joined(tokenizer):
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 2?"}]
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    messages = [{"role": "user", "content": parts}, called, {"role": "user", "content": "And?"}]
+    assert messages_of(messages) == [{"role": "user", "content": "What is 1 + 2?"}, called, messages[2]]
+    rows = [{"prompt": prompt, "answer": "3"} for prompt in (messages[:1], "What is 1 + 2?")]
+    ours, plain = build_prompts(rows, TASKS["math"], DataConfig(), tokenizer, "rows")
+    assert ours.token_ids == plain.token_ids
+
+
+def test_a_prompt_that_the_template_refuses_is_named(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="rows row 0: the chat template refuses its prompt: roles must alternate"):
+        build_prompts([{"prompt": "q", "answer": "1"}], TASKS["math"], DataConfig(), strict, "rows")
 
 
 def test_steps_walk_through_whole_epochs(tokenizer):

@@ -213,6 +213,25 @@ def test_duplicate_prompts_empty_completions_and_nothing_but_successes(halting_m
     assert metrics["grad_norm"] > 0
 
 
+def test_sequences_that_the_model_was_not_made_for_are_warned_of_once(halting_model, tmp_path, caplog):
+    """The student's from the longest prompt and the longest completion; the teacher's when one is scored."""
+    model = shutil.copytree(halting_model, tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Say a number."}\n' * 3)
+    for limit, said in ((40, (0, 1)), (30, (1, 1)), (4096, (0, 0))):
+        (model / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": limit}))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run = run_of(model, tmp_path / str(limit), rows, "right", "2s1f")
+            assert len(run.train_prompts[0].token_ids) + 6 in range(31, 41)
+            train.train_step(run, 1)
+            train.train_step(run, 2)
+        warnings = [r.message for r in caplog.records if f"max_position_embeddings={limit}: lower" in r.message]
+        remedies = ("rollout.max_completion_length", "context.max_reprompt_len")
+        assert tuple(sum(name in text for text in warnings) for name in remedies) == said
+
+
 def test_nothing_but_failures_shows_the_failure_or_leaves_the_step_out(halting_model, tmp_path):
     """2s1f still has a failed peer to show. 1s has nothing: neither model moves, and the run goes on."""
     rows = write_rows(tmp_path)

@@ -18,6 +18,7 @@ from mopd_train.analysis.groups import RolloutFiles
 from mopd_train.analysis.inspect import InspectOptions, chosen_groups, load_sides
 from mopd_train.analysis.inspect_page import GroupData, embedded_json, render
 from mopd_train.analysis.inspect_scores import RolloutScores, TeacherScores, TokenScores, score_group
+from mopd_train.analysis.sides import load_teacher, teacher_name
 from mopd_train.config import Config
 from mopd_train.contexts import Peers, TeacherPrompt, teacher_prompts
 from mopd_train.data import step_seed
@@ -45,24 +46,31 @@ def sides(tiny_model):
 def config():
     settings = Config()
     settings.rollout.temperature = 0.7
+    settings.distillation.teacher_temperature = 0.4
     settings.distillation.alpha = 0.3
     return settings
 
 
 @torch.no_grad()
-def log_softmax(model, prompt_ids, rollout_ids, config):
+def log_softmax(model, prompt_ids, rollout_ids, temperature):
     """(T, V) through the whole model, one sequence at a time."""
     logits = model(torch.tensor([prompt_ids + rollout_ids])).logits[0, len(prompt_ids) - 1 : -1]
-    return (logits / config.rollout.temperature).log_softmax(-1)
+    return (logits / temperature).log_softmax(-1)
 
 
-def jensen_shannon(q, p, alpha):
+def jensen_shannon(q, p, alpha, top_k):
+    if top_k is not None:  # the student's k likeliest tokens, and all others as one
+        kept = q.topk(top_k).indices
+        q, p = (side.gather(-1, kept) for side in (q, p))
+        q, p = (torch.cat([side, torch.log1p(-side.exp().sum(-1, keepdim=True))], dim=-1) for side in (q, p))
     m = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
     return (1 - alpha) * (q.exp() * (q - m)).sum(-1) + alpha * (p.exp() * (p - m)).sum(-1)
 
 
+@pytest.mark.parametrize("top_k", [None, 6])
 @pytest.mark.parametrize("rows", [64, 5])  # tokens of a rollout in one chunk, or in several
-def test_scores_equal_a_dense_computation(sides, tokenizer, config, rows, monkeypatch):
+def test_scores_equal_a_dense_computation(sides, tokenizer, config, rows, top_k, monkeypatch):
+    config.distillation.distillation_topk = top_k
     monkeypatch.setattr(inspect_scores, "LOGIT_ROWS", rows)
     student, teacher = sides
     mixed = group(tokenizer, [1, 0, 1, 0.5, None], [f"{'so ' * i}peer number {i}" for i in range(5)])
@@ -73,8 +81,8 @@ def test_scores_equal_a_dense_computation(sides, tokenizer, config, rows, monkey
         prompts = teacher_prompts(mixed, tokenizer, settings, {}, 3)
         for rollout, prompt, scores in zip(mixed.rollouts, prompts, scored, strict=True):
             labels = torch.tensor(rollout.token_ids)[:, None]
-            q = log_softmax(student, mixed.prompt.token_ids, rollout.token_ids, config)
-            p = log_softmax(teacher, prompt.token_ids, rollout.token_ids, config)
+            q = log_softmax(student, mixed.prompt.token_ids, rollout.token_ids, 0.7)
+            p = log_softmax(teacher, prompt.token_ids, rollout.token_ids, 0.4)
             ours = scores.teacher[scores.contexts[name]]
             assert ours.prompt.token_ids == prompt.token_ids
             expected = [
@@ -82,7 +90,7 @@ def test_scores_equal_a_dense_computation(sides, tokenizer, config, rows, monkey
                 (scores.student.entropy, -(q.exp() * q).sum(-1)),
                 (ours.logprobs, p.gather(1, labels)[:, 0]),
                 (ours.entropy, -(p.exp() * p).sum(-1)),
-                (ours.divergence, jensen_shannon(q, p, 0.3)),
+                (ours.divergence, jensen_shannon(q, p, 0.3, top_k)),
             ]
             for actual, dense in expected:
                 torch.testing.assert_close(torch.tensor(actual, dtype=torch.float64), dense, **close)
@@ -110,7 +118,7 @@ def test_logits_follow_the_head():
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(3, 4).double(), torch.randn(9, 4).double(), torch.randn(9).double()
     head = LMHead(weight, bias, softcap=2.0, scale=0.5, vocab_size=7)
-    ids, likely = inspect_scores._alternatives([(hidden, head)], temperature=0.8, top=7)
+    ids, likely = inspect_scores._alternatives([(hidden, head, 0.8)], top=7)
     capped = 2.0 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 2.0)
     dense = (capped[:, :7] / 0.8).log_softmax(-1)
     for t in range(3):
@@ -247,21 +255,45 @@ def test_a_model_that_is_broken_is_named(saved, tiny_model, tmp_path, monkeypatc
         cli.main(["inspect", *arguments, "--output", str(tmp_path / "page.html")])
 
 
-def test_a_frozen_teacher_must_be_named(tiny_model, tokenizer, tmp_path):
-    shutil.copytree(tiny_model, tmp_path / "checkpoint-4")
-    write_json(tmp_path / "checkpoint-4" / "trainer_state.json", {"step": 4})
+def test_the_teacher_of_a_checkpoint_is_that_of_its_training(tiny_model, tokenizer, tmp_path):
+    """With a teacher/ of another run's moving average in the folder, which the other kinds must not take."""
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(tiny_model, folder)
+    (folder / "teacher").mkdir()
+    write_json(folder / "trainer_state.json", {"step": 4})
     config = Config()
-    config.model.model_name_or_path = str(tmp_path / "checkpoint-4")
+    config.model.model_name_or_path = str(folder)
+    names = {}
+    for kind in ("ema", "self"):
+        config.distillation.teacher_regularization = kind
+        names[kind] = teacher_name(config)
+    assert names == {"ema": str(folder / "teacher"), "self": str(folder)}
+    config.distillation.teacher_regularization = "trust-region"
+    with pytest.raises(ValueError, match=r"trust-region teacher of .*checkpoint-4 mixes .* frozen takes the run's"):
+        load_teacher(config, tokenizer)
     config.distillation.teacher_regularization = "frozen"
     with pytest.raises(ValueError, match=r"frozen teacher.*name it with --distillation.teacher_model_name_or_path"):
         load_sides(config, tokenizer)
+    first = Config()
+    first.model.model_name_or_path = str(tiny_model)
+    write_json(tmp_path / "run.json", first.as_dict())
+    assert load_sides(config, tokenizer)[2] == str(tiny_model)
 
 
-def test_the_named_teacher_comes_first(tiny_model, tokenizer):
+@pytest.mark.parametrize("kind", ["ema", "self", "frozen", "trust-region"])
+def test_a_model_that_no_run_made_is_what_every_teacher_begins_as(tiny_model, kind):
+    config = Config()
+    config.model.model_name_or_path = str(tiny_model)
+    config.distillation.teacher_regularization = kind
+    assert teacher_name(config) == str(tiny_model)
+
+
+def test_the_named_teacher_comes_first(tiny_model, tokenizer, tmp_path):
     config = Config()
     config.model.model_name_or_path = str(tiny_model)
     student, teacher, name = load_sides(config, tokenizer)
     assert (student is teacher, name) == (True, "the student itself")
-    config.distillation.teacher_model_name_or_path = str(tiny_model)
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    config.distillation.teacher_model_name_or_path = str(other)
     student, teacher, name = load_sides(config, tokenizer)
-    assert (student is teacher, name) == (False, str(tiny_model))
+    assert (student is teacher, name) == (False, str(other))

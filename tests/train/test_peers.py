@@ -114,8 +114,10 @@ def test_successes_only_are_topped_up_from_other_prompts(tokenizer, match, own_s
 def test_strangers_are_successes_of_other_prompts(tokenizer):
     groups = [group(tokenizer, rewards) for rewards in ([1, 0], [1, 1, None], [1, 0])]
     groups[1].prompt.token_ids = [1, 2, 3]
-    assert strangers_of(groups[0], groups, 1.0) == groups[1].rollouts[:2]  # group 2 is the same prompt as group 0
-    assert strangers_of(groups[1], groups, 1.0) == [groups[0].rollouts[0], groups[2].rollouts[0]]
+    assert (
+        strangers_of(groups[0], groups, ContextConfig()) == groups[1].rollouts[:2]
+    )  # group 2 is the same prompt as group 0
+    assert strangers_of(groups[1], groups, ContextConfig()) == [groups[0].rollouts[0], groups[2].rollouts[0]]
 
 
 def test_a_step_hands_each_group_the_others_successes(tokenizer):
@@ -134,9 +136,10 @@ class Recorder:
     """Answers requests for summaries from a list, and keeps what it was asked."""
 
     def __init__(self, tokenizer, replies):
-        self.tokenizer, self.replies, self.asked = tokenizer, list(replies), []
+        self.tokenizer, self.replies, self.asked, self.seeds = tokenizer, list(replies), [], []
 
-    def __call__(self, prompts, tokens):
+    def __call__(self, prompts, tokens, seeds):
+        self.seeds += seeds
         self.asked += [(self.tokenizer.decode(prompt), tokens) for prompt in prompts]
         return [self.tokenizer.encode(self.replies.pop(0)) for _ in prompts]
 
@@ -151,7 +154,7 @@ def test_summaries_come_from_the_text_the_student_or_an_excerpt(tokenizer):
     config = ContextConfig(context="none", summary_k=3, summary_max_tokens=3)
     groups = [group(tokenizer, [1, 1, 1, 0], texts)]
     recorder = Recorder(tokenizer, ["add up</summary> and more", "never closed"])
-    summaries = PeerSummaries(groups, tokenizer, config, {}, recorder)
+    summaries = PeerSummaries(groups, tokenizer, config, {}, recorder, 0)
     contexts = step_contexts(groups, tokenizer, config, {}, 0, summaries)
     text = decoded(tokenizer, contexts[0], 3)
     label = config.success_summary_template.split("{text}")[0]
@@ -165,6 +168,18 @@ def test_summaries_come_from_the_text_the_student_or_an_excerpt(tokenizer):
     assert request.endswith("<|im_start|>assistant\n<summary>")
 
 
+def test_a_summary_draws_the_same_on_one_process_and_on_two(tokenizer):
+    """Three groups at once, or the third on a process of its own, whose first group has the third one's seed."""
+    config = ContextConfig(context="none", summary_k=2)
+    groups = [group(tokenizer, [1, 1], [f"plain {i}", f"other {i}"]) for i in range(3)]
+    one, two = (Recorder(tokenizer, ["s</summary>"] * 6) for _ in range(2))
+    PeerSummaries(groups, tokenizer, config, {}, one, 1009)([(0, 1), (1, 0), (2, 0), (2, 1)])
+    PeerSummaries(groups[2:], tokenizer, config, {}, two, 1009 + 2)([(0, 0), (0, 1)])
+    assert one.seeds[2:] == two.seeds
+    assert len(set(one.seeds)) == 4
+    assert not set(one.seeds) & set(range(1009, 1009 + 8))  # from which rollouts are drawn
+
+
 def test_summaries_stand_after_whole_peers_and_are_none_of_them(tokenizer):
     texts = [f"text {i} <summary>gist {i}</summary>" for i in range(5)]
     config = ContextConfig(context="1s", summary_k=2)
@@ -172,7 +187,7 @@ def test_summaries_stand_after_whole_peers_and_are_none_of_them(tokenizer):
     peers = choose_peers(whole, config, 0)[4]
     assert len(peers.summaries) == 2
     assert not set(peers.summaries) & set(peers.successes)
-    summaries = PeerSummaries([whole], tokenizer, config, {}, Recorder(tokenizer, []))
+    summaries = PeerSummaries([whole], tokenizer, config, {}, Recorder(tokenizer, []), 0)
     text = decoded(tokenizer, step_contexts([whole], tokenizer, config, {}, 0, summaries)[0], 4)
     places = [text.index(f"text {peers.successes[0]}"), *(text.index(f"answer:\ngist {i}") for i in peers.summaries)]
     assert places == sorted(places)
@@ -189,7 +204,7 @@ def test_which_peers_are_summarised(tokenizer, source, expected):
 def test_a_summarised_failure_is_labelled_so(tokenizer):
     config = ContextConfig(context="none", summary_k=1, summary_source="failure")
     failing = group(tokenizer, [0, 0], ["a <summary>x y</summary>", "b"])
-    summaries = PeerSummaries([failing], tokenizer, config, {}, Recorder(tokenizer, []))
+    summaries = PeerSummaries([failing], tokenizer, config, {}, Recorder(tokenizer, []), 0)
     text = decoded(tokenizer, step_contexts([failing], tokenizer, config, {}, 0, None)[0], 1)
     assert "Summary of another wrong answer:\na <summary>x y</summary>" in text  # no summarizer: an excerpt
     made = summaries([(0, 0)])
@@ -200,7 +215,7 @@ def test_a_request_for_a_summary_is_cut_to_the_budget(tokenizer):
     config = ContextConfig(context="none", summary_k=1, max_reprompt_len=120)
     long = group(tokenizer, [1, 1], ["alpha " * 400, "beta " * 400])
     recorder = Recorder(tokenizer, ["s</summary>"] * 2)
-    PeerSummaries([long], tokenizer, config, {}, recorder)([(0, 0), (0, 1)])
+    PeerSummaries([long], tokenizer, config, {}, recorder, 0)([(0, 0), (0, 1)])
     for request, _ in recorder.asked:
         assert 100 < len(tokenizer.encode(request)) <= 120
         assert "What is 6 * 7?" in request

@@ -100,6 +100,8 @@ def test_dotted_paths_and_weights_from_the_settings():
         task_of(Config(data=DataConfig(reward_weights=[1.0])), [length, answered])
     with pytest.raises(TypeError, match="expected functions in reward_fns, got 'length'"):
         task_of(Config(), ["length"])
+    with pytest.raises(TypeError, match=r"expected a list of functions in reward_fns, got <function length"):
+        task_of(Config(), length)
     with pytest.raises(ValueError, match=r"expected data.reward_timeout > 0, got 0"):
         validate(Config(data=DataConfig(reward_timeout=0)))
 
@@ -107,6 +109,7 @@ def test_dotted_paths_and_weights_from_the_settings():
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
+        (lambda completions: None, RuntimeError, "'<lambda>': expected a list of 4 verdicts, got None"),
         (lambda completions: [0.0], RuntimeError, "'<lambda>': expected 4 verdicts, got 1"),
         (lambda completions: [math.nan] * 4, RuntimeError, "gave nan for prompt 'p' and completion 'x'"),
         (lambda completions: [math.inf] * 4, RuntimeError, "gave inf for prompt 'p'"),

@@ -99,7 +99,7 @@ def test_sampling_is_wrapped_in_what_the_run_asks_for(model, tokenizer, prompts)
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("vllm_mode", "remote", "expected rollout.vllm_mode colocate or server, got 'remote'"),
+        ("vllm_mode", "remote", "expected rollout.vllm_mode in ['colocate', 'server'], got 'remote'"),
         ("vllm_gpu_memory_utilization", 1.5, "vllm_gpu_memory_utilization in (0, 1], got 1.5"),
         ("vllm_server_port", 70000, "vllm_server_port in 1 ... 65535, got 70000"),
         ("vllm_server_timeout", 0.0, "vllm_server_timeout > 0 s, got 0.0"),

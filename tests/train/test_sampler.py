@@ -63,6 +63,10 @@ def test_batches_and_seeds(model):
     once = sample(model, PROMPTS, sampling, [2], 2, seed=7)
     assert once == sample(model, PROMPTS, sampling, [2], 2, seed=7)
     assert once != sample(model, PROMPTS, sampling, [2], 2, seed=8)
+    assert once == sample(model, PROMPTS, sampling, [2], 2, seed=[7 + i for i in range(len(PROMPTS))])
+    assert once[::-1] == sample(
+        model, PROMPTS[::-1], sampling, [2], 2, seed=[6 + i for i in range(len(PROMPTS), 0, -1)]
+    )
     assert [len(group) for group in once] == [4, 4, 4]
     assert all(1 <= len(ids) <= 6 for group in once for ids in group)
 
