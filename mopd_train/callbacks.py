@@ -2,7 +2,7 @@
 
 class StopWhenSolved(Callback):
     def on_step_end(self, event):
-        if event.metrics["reward"] > 0.95:
+        if event.metrics.get("reward", 0) > 0.95:  # the main process has it; one that stops, stops all
             event.stop()
 """
 
