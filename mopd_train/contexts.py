@@ -169,10 +169,10 @@ def _feedback(blocks: list[_Block], config: ContextConfig) -> str | None:
 
 
 def _own_feedback(rollout: Rollout, group: Group, config: ContextConfig) -> str | None:
-    """Where there is no peer to show: feedback on the attempt that is scored, as in the paper's code. Only where no
-    rollout of the group succeeded: elsewhere it would tell failures from successes."""
+    """Where there is no peer to show: feedback on the attempt that is scored. Only where no rollout of the group
+    succeeded: elsewhere it would tell failures from successes."""
     threshold = config.success_reward_threshold
-    if config.feedback_condition == "never" or any(other.succeeded(threshold) for other in group.rollouts):
+    if config.feedback_condition != "always" or any(other.succeeded(threshold) for other in group.rollouts):
         return None
     return (rollout.feedback or None) if rollout.failed(threshold) else None
 

@@ -22,8 +22,8 @@ class ContextConfig:
     failure_solution_condition: Literal["always", "when_no_solution"] = "always"
     """Show the failed peer always, or only where no success can be shown."""
     feedback_condition: Literal["never", "always", "when_no_solution"] = "when_no_solution"
-    """When the verifier's feedback on the shown failure is shown as well. Where nothing succeeded and there is no peer
-    to show (1s or 2s, all failed), feedback on the attempt itself stands alone, unless never."""
+    """When the verifier's feedback on the shown failure is shown as well. always: also, by itself, on the attempt that
+    is scored, where nothing succeeded and the context has no peer to show (1s or 2s, all failed)."""
     peer_choice: Literal["shared", "random"] = "shared"
     """shared: rollouts of a group see the same peers where leave-one-out allows; random: drawn for each."""
     peer_control_mode: Literal["none", "random_peer", "unrelated_prompt", "success_only_matched"] = "none"
