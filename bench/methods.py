@@ -163,7 +163,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], labels: dict[str, str], path: Pa
         for run in found:
             ends.plot([place - 0.1, place + 0.1], run["mean_at_k"], "-o", color=COLORS[place], markersize=3, alpha=0.7)
     curve.set(xlabel="step", ylabel="mean reward of the rollouts (3-step mean)", ylim=(0, 1))
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4 if len(runs) > 4 else 2, fontsize=8)
     ends.set(ylabel="held-out mean@8, before and after", ylim=(0, 1), xticks=range(len(runs)))
     ends.set_xticklabels(runs, rotation=30, ha="right", fontsize=8)
     for axes in (curve, ends):
