@@ -54,7 +54,7 @@ def random_group(size: int, prompt: int, rollout: int, vocabulary: int) -> Group
     def ids(count: int) -> list[int]:
         return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
 
-    rollouts = [Rollout(ids(rollout), "", True, float(i % 2 == 0)) for i in range(size)]
+    rollouts = [Rollout(ids(rollout), "shown", True, float(i % 2 == 0)) for i in range(size)]
     return Group(Prompt([], ids(prompt), {}), rollouts)
 
 

@@ -304,8 +304,8 @@ def test_values_on_the_page_equal_a_dense_computation(browser: Browser, tiny_mod
     browser.open(path)
     for place, (rollout, scores) in enumerate(zip(mixed.rollouts, scored, strict=True)):
         teacher_ids = scores.teacher[scores.contexts["2s"]].prompt.token_ids
-        q = log_softmax(model, mixed.prompt.token_ids, rollout.token_ids, config)
-        p = log_softmax(model, teacher_ids, rollout.token_ids, config)
+        q = log_softmax(model, mixed.prompt.token_ids, rollout.token_ids, 0.7)
+        p = log_softmax(model, teacher_ids, rollout.token_ids, 0.7)
         divergence = jensen_shannon(q, p, 0.3)
         for t, label in enumerate(rollout.token_ids):
             browser.run("focusToken(arguments[0], arguments[1])", place, t)
