@@ -306,7 +306,7 @@ def test_values_on_the_page_equal_a_dense_computation(browser: Browser, tiny_mod
         teacher_ids = scores.teacher[scores.contexts["2s"]].prompt.token_ids
         q = log_softmax(model, mixed.prompt.token_ids, rollout.token_ids, 0.7)
         p = log_softmax(model, teacher_ids, rollout.token_ids, 0.7)
-        divergence = jensen_shannon(q, p, 0.3)
+        divergence = jensen_shannon(q, p, 0.3, None)
         for t, label in enumerate(rollout.token_ids):
             browser.run("focusToken(arguments[0], arguments[1])", place, t)
             ratio = float(p[t, label] - q[t, label])
