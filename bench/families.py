@@ -13,7 +13,7 @@ __all__ = ["EXAMPLES", "add_arguments", "main"]
 
 EXAMPLES = """examples:
   python -m bench families                  all four: half an hour on two cores
-  python -m bench families --only code      competitive programming, which needs bubblewrap
+  python -m bench families --only code      small Python functions: needs bubblewrap
 """
 FAMILIES: Runs = {
     family: (label, ["--config", str(ROOT / f"examples/{family}.yaml")])
